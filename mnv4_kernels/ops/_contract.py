@@ -1,0 +1,117 @@
+"""How an op becomes a torch op: one schema, one fake, one reference, one autocast rule.
+
+Contracts import no kernel. The reference is registered for every backend
+(`CompositeExplicitAutograd`), so that an op always answers; the C++ library, when it
+is there, implements the same schemas for the CPU key and takes precedence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+NAMESPACE = "mnv4_kernels"
+
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+#: op name -> the torch-only function that defines its result
+REFERENCES: dict[str, Callable[..., Any]] = {}
+
+
+def define(
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    reference: Callable[..., Any],
+    autocast: Iterable[str] = (),
+    differentiable: bool = True,
+) -> Any:
+    """Registers one op and returns its `OpOverload`.
+
+    Args:
+        schema: the op's schema without namespace, e.g. ``"relu(Tensor x) -> Tensor"``.
+        fake: shape, dtype and strides of the result; same signature as the op.
+        reference: torch-only implementation; same signature as the op.
+        autocast: names of the tensor arguments that autocast casts to its dtype; the
+            others (per-channel scales and shifts, packed weights) stay float32.
+        differentiable: derive a backward from the reference by recomputing it.
+    """
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    REFERENCES[name] = reference
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    arguments = [argument.name for argument in op._schema.arguments]
+    cast = [arguments.index(argument) for argument in autocast]
+    for device in ("CPU", "CUDA"):
+        _register_autocast(name, op, cast, device)
+    if differentiable:
+        _register_recomputing_autograd(name, op, reference)
+    return op
+
+
+def _register_autocast(name: str, op: Any, cast: list[int], device: str) -> None:
+    key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
+    device_type = device.lower()
+
+    def autocast(*args: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device_type)
+        values = list(args)
+        for index in cast:
+            if index < len(values):
+                values[index] = _cast(values[index], dtype, device_type)
+        with torch._C._ExcludeDispatchKeyGuard(key):
+            return op(*values)
+
+    LIBRARY.impl(name, autocast, f"Autocast{device}")
+
+
+def _cast(value: Any, dtype: torch.dtype, device_type: str) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    eligible = value.is_floating_point() and value.device.type == device_type
+    return value.to(dtype) if eligible and value.dtype != torch.float64 else value
+
+
+def _register_recomputing_autograd(name: str, op: Any, reference: Callable[..., Any]) -> None:
+    """Backward = the vector-Jacobian product of the reference, recomputed from the inputs."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        is_tensor = [isinstance(value, torch.Tensor) for value in inputs]
+        ctx.is_tensor = is_tensor
+        ctx.others = [None if tensor else value for value, tensor in zip(inputs, is_tensor, strict=True)]
+        ctx.save_for_backward(*(value for value, tensor in zip(inputs, is_tensor, strict=True) if tensor))
+
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        values = [next(saved) if tensor else other for tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)]
+        needed = [
+            index
+            for index, value in enumerate(values)
+            if isinstance(value, torch.Tensor) and ctx.needs_input_grad[index]
+        ]
+        with torch.enable_grad():
+            for index in needed:
+                values[index] = values[index].detach().requires_grad_()
+            outputs = reference(*values)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            pairs = [
+                (output, grad)
+                for output, grad in zip(outputs, grads, strict=True)
+                if grad is not None and output.requires_grad
+            ]
+            found = torch.autograd.grad(
+                [output for output, _ in pairs],
+                [values[index] for index in needed],
+                [grad for _, grad in pairs],
+                allow_unused=True,
+            )
+        result: list[torch.Tensor | None] = [None] * len(values)
+        for index, grad in zip(needed, found, strict=True):
+            result[index] = grad
+        return tuple(result)
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY)

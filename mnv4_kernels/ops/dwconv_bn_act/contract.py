@@ -1,0 +1,34 @@
+"""Schema, fake and dispatch of `dwconv_bn_act`."""
+
+from __future__ import annotations
+
+import torch
+
+from .._contract import define
+from ..layout import empty_like_conv, memory_format_of
+from .reference import reference
+
+
+def fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    act: str,
+    packed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Same shape, dtype and strides as the kernels."""
+    kernel = (weight.shape[2], weight.shape[3])
+    return empty_like_conv(x, weight.shape[0], kernel, stride, padding, dilation, memory_format_of(x))
+
+
+dwconv_bn_act = define(
+    "dwconv_bn_act(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, int[] stride, SymInt[] padding, "
+    "int[] dilation, str act, Tensor? packed=None) -> Tensor",
+    fake=fake,
+    reference=reference,
+    autocast=("x", "weight"),
+)
