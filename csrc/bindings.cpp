@@ -1,0 +1,51 @@
+// `mnv4_kernels._C`: introspection for Python, never on a hot path.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "cpu/features.h"
+#include "kernels/gemm/gemm.h"
+
+namespace py = pybind11;
+using mnv4::cpu::Tier;
+
+namespace {
+
+constexpr Tier kTiers[] = {Tier::kScalar, Tier::kAvx2, Tier::kAvx512, Tier::kAvx512Bf16};
+
+Tier tier_of(const std::string& name) {
+  std::string known;
+  for (Tier tier : kTiers) {
+    if (name == mnv4::cpu::tier_name(tier)) return tier;
+    known += (known.empty() ? "" : ", ") + std::string(mnv4::cpu::tier_name(tier));
+  }
+  throw py::value_error("`tier` must be one of " + known + ", got '" + name + "'");
+}
+
+std::vector<std::string> compiled_tiers() {
+  std::vector<std::string> names;
+  for (Tier tier : mnv4::cpu::compiled_tiers()) names.emplace_back(mnv4::cpu::tier_name(tier));
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "What the C++ library of mnv4_kernels has, and which instruction set tier it uses.";
+  m.def("compiled_tiers", &compiled_tiers, "Names of the tiers that the library was built with, lowest first.");
+  m.def(
+      "detected_tier", [] { return mnv4::cpu::tier_name(mnv4::cpu::detected_tier()); },
+      "Name of the highest compiled tier that this processor can run.");
+  m.def(
+      "active_tier", [] { return mnv4::cpu::tier_name(mnv4::cpu::active_tier()); },
+      "Name of the tier in use: the detected one, or the cap if that is lower.");
+  m.def(
+      "set_tier_cap", [](const std::string& tier) { mnv4::cpu::set_tier_cap(tier_of(tier)); }, py::arg("tier"),
+      "Uses no tier above `tier`, process-wide, from the next call of an op on.");
+  m.def("clear_tier_cap", &mnv4::cpu::clear_tier_cap, "Ends `set_tier_cap`.");
+  m.def(
+      "panel_width", [] { return static_cast<int>(mnv4::kPanel); }, "Output channels of one panel of packed weights.");
+}
