@@ -1,0 +1,28 @@
+"""What can run `conv_bn_act`, best first."""
+
+from __future__ import annotations
+
+import torch
+
+from ..support import Backend, library_reasons, tensor_reasons
+
+
+def supports(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    act: str,
+    channels_last: bool,
+    packed: torch.Tensor | None = None,
+) -> list[str]:
+    """Why the C++ kernel can't run this call; empty list: it can."""
+    operands = {"x": x, "weight": weight}
+    vectors = {"scale": scale, "shift": shift, "packed": packed}
+    return [*library_reasons("conv_bn_act"), *tensor_reasons(operands, vectors)]
+
+
+BACKENDS = (Backend("cpp", supports),)

@@ -1,0 +1,43 @@
+"""What can run `kv_downsample`, best first."""
+
+from __future__ import annotations
+
+import torch
+
+from ..support import Backend, library_reasons, tensor_reasons
+
+
+def supports(
+    x: torch.Tensor,
+    key_down: torch.Tensor | None,
+    key_scale: torch.Tensor | None,
+    key_shift: torch.Tensor | None,
+    key_project: torch.Tensor,
+    value_down: torch.Tensor | None,
+    value_scale: torch.Tensor | None,
+    value_shift: torch.Tensor | None,
+    value_project: torch.Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    packed: torch.Tensor | None = None,
+) -> list[str]:
+    """Why the C++ kernel can't run this call; empty list: it can."""
+    operands = {
+        "x": x,
+        "key_down": key_down,
+        "key_project": key_project,
+        "value_down": value_down,
+        "value_project": value_project,
+    }
+    vectors = {
+        "key_scale": key_scale,
+        "key_shift": key_shift,
+        "value_scale": value_scale,
+        "value_shift": value_shift,
+        "packed": packed,
+    }
+    return [*library_reasons("kv_downsample"), *tensor_reasons(operands, vectors)]
+
+
+BACKENDS = (Backend("cpp", supports),)

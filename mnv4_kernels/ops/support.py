@@ -1,0 +1,97 @@
+"""Which backend answers a call, and why a better one does not.
+
+Each op has one ordered list of backends (`BACKENDS` in its `support.py`). A backend's
+`reasons` takes the op's own arguments and says in words why it can't run them; no reason
+means that it can. The same answer drives dispatch in `functional`, `explain`, error texts
+and test skips. The torch-only reference stands behind every list and takes anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import environment
+from ..backends import native
+
+#: Answers where no backend can.
+REFERENCE = "reference"
+
+#: What the C++ kernels read and write; they accumulate in float32.
+CPP_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+
+
+class Backend(NamedTuple):
+    """One row of an op's list."""
+
+    name: str
+    #: takes the op's arguments; empty list: this backend can run them
+    reasons: Callable[..., list[str]]
+
+
+class Choice(NamedTuple):
+    """The backend that answers, and what kept each better one from answering."""
+
+    backend: str
+    declined: dict[str, list[str]]
+
+
+def choose(backends: Sequence[Backend], *arguments: Any) -> Choice:
+    """The first of `backends` that can run `arguments`, else the reference."""
+    declined: dict[str, list[str]] = {}
+    for backend in backends:
+        reasons = backend.reasons(*arguments)
+        if not reasons:
+            return Choice(backend.name, declined)
+        declined[backend.name] = reasons
+    return Choice(REFERENCE, declined)
+
+
+@torch.compiler.assume_constant_result
+def library_reasons(op: str) -> list[str]:
+    """Why the C++ library doesn't serve `op` in this process; read once per graph under `torch.compile`."""
+    return [*environment.reasons(op), *native.reasons()]
+
+
+def tensor_reasons(
+    operands: Mapping[str, torch.Tensor | None], vectors: Mapping[str, torch.Tensor | None]
+) -> list[str]:
+    """What the C++ kernels don't take among the op's tensors; None stands for an absent argument.
+
+    Args:
+        operands: activations and weights: float32, bfloat16 or float16.
+        vectors: per-channel scales, shifts and packed weights: float32.
+    """
+    reasons = []
+    for name, value in operands.items():
+        if value is not None and not (value.is_cpu and value.dtype in CPP_DTYPES):
+            reasons += _operand_reasons(name, value)
+    for name, value in vectors.items():
+        if value is not None and not (value.is_cpu and value.dtype == torch.float32):
+            reasons += _vector_reasons(name, value)
+    return reasons
+
+
+def _operand_reasons(name: str, value: torch.Tensor) -> list[str]:
+    reasons = _device_reasons(name, value)
+    if value.dtype not in CPP_DTYPES:
+        reasons.append(f"`{name}` is {dtype_name(value.dtype)}; the C++ kernels take float32, bfloat16 and float16")
+    return reasons
+
+
+def _vector_reasons(name: str, value: torch.Tensor) -> list[str]:
+    reasons = _device_reasons(name, value)
+    if value.dtype != torch.float32:
+        reasons.append(f"`{name}` is {dtype_name(value.dtype)}; the C++ kernels take it in float32")
+    return reasons
+
+
+def _device_reasons(name: str, value: torch.Tensor) -> list[str]:
+    return [] if value.is_cpu else [f"`{name}` is on {value.device}; the C++ kernels run on cpu"]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`dtype` as people write it: float32, not torch.float32."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,22 @@
+"""Input factories, float64 oracles and earned tolerances; shipped, because other people's ops can use them."""
+
+from .budget import assert_within_budget, error_budget
+from .cases import CASES, Case
+from .layouts import LAYOUTS, lay_out
+from .oracle import exact, reference
+from .poison import poisoned_memory
+from .tiers import forced_tier, tiers
+
+__all__ = [
+    "CASES",
+    "LAYOUTS",
+    "Case",
+    "assert_within_budget",
+    "error_budget",
+    "exact",
+    "forced_tier",
+    "lay_out",
+    "poisoned_memory",
+    "reference",
+    "tiers",
+]

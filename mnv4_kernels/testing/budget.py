@@ -1,0 +1,106 @@
+"""Tolerances that are earned: an error may be twice what the plain computation makes, and no more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def error_budget(baseline: torch.Tensor, exact: torch.Tensor) -> float:
+    """2 * (baseline's largest error + half a unit in the last place of the largest exact value).
+
+    Args:
+        baseline: the same computation in plain torch, in the dtype under test.
+        exact: the same computation in float64.
+    """
+    baseline_error, scale = _largest(baseline, exact)
+    return 2 * (baseline_error + torch.finfo(baseline.dtype).eps / 2 * scale)
+
+
+def assert_within_budget(actual: torch.Tensor, baseline: torch.Tensor, exact: torch.Tensor) -> None:
+    """`actual` is as near to `exact` as `baseline` earns, over all and on each border of a map.
+
+    The borders (first and last row and column of the last two dimensions of a 4-dimensional
+    result) are compared on their own, because an edge computed wrongly can hide under the
+    interior's larger values. Where `exact` is NaN or infinite, `actual` must be the same;
+    elsewhere it must be finite, unless the exact value overflows the dtype.
+
+    Args:
+        actual: what is under test.
+        baseline: the same computation in plain torch, `actual`'s dtype and shape.
+        exact: the same computation in float64.
+
+    Raises:
+        AssertionError: naming the region, the error, the budget and the worst position.
+        ValueError: the three don't belong together.
+    """
+    if not actual.shape == baseline.shape == exact.shape:
+        shapes = ", ".join(str(tuple(value.shape)) for value in (actual, baseline, exact))
+        raise ValueError(f"`actual`, `baseline` and `exact` must have one shape, got {shapes}")
+    if actual.dtype != baseline.dtype or exact.dtype != torch.float64:
+        raise ValueError(
+            f"`baseline` must have `actual`'s dtype and `exact` float64, got {actual.dtype}, {baseline.dtype}, "
+            f"{exact.dtype}"
+        )
+    _assert_same_specials(actual, exact)
+    for region, index in _regions(actual.dim()):
+        _assert_region(region, actual[index], baseline[index], exact[index])
+
+
+def _regions(rank: int) -> list[tuple[str, tuple[Any, ...]]]:
+    regions: list[tuple[str, tuple[Any, ...]]] = [("everywhere", (...,))]
+    if rank != 4:
+        return regions
+    return [
+        *regions,
+        ("in the first row", (..., slice(0, 1), slice(None))),
+        ("in the last row", (..., slice(-1, None), slice(None))),
+        ("in the first column", (..., slice(0, 1))),
+        ("in the last column", (..., slice(-1, None))),
+    ]
+
+
+def _assert_region(region: str, actual: torch.Tensor, baseline: torch.Tensor, exact: torch.Tensor) -> None:
+    if actual.numel() == 0:
+        return
+    budget = error_budget(baseline, exact)
+    errors = _errors(actual, exact)
+    error = errors.max().item()
+    if error <= budget:
+        return
+    worst = tuple(int(i) for i in torch.unravel_index(errors.argmax(), errors.shape))
+    raise AssertionError(
+        f"{region}: error {error:.3g} is above the budget of {budget:.3g} at {worst}: "
+        f"got {actual[worst].item()!r}, expected {exact[worst].item()!r}, baseline {baseline[worst].item()!r}; "
+        f"{int((errors > budget).sum())} of {errors.numel()} elements are outside"
+    )
+
+
+def _largest(value: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
+    if exact.numel() == 0:
+        return 0.0, 0.0
+    finite = torch.where(exact.isfinite(), exact, 0.0)
+    # a baseline that rounds between its steps may overflow where the exact result doesn't: that earns nothing
+    return _errors(value, exact).nan_to_num(posinf=0.0).max().item(), finite.abs().max().item()
+
+
+def _errors(value: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    return torch.where(exact.isfinite(), value.double() - exact, 0.0).abs()
+
+
+def _assert_same_specials(actual: torch.Tensor, exact: torch.Tensor) -> None:
+    # rounding to the dtype turns what overflows it into an infinity
+    rounded = exact.to(actual.dtype)
+    special = ~exact.isfinite()
+    wrong = torch.where(special, _differ(actual, rounded), ~actual.isfinite() & rounded.isfinite())
+    if bool(wrong.any()):
+        first = tuple(int(i) for i in wrong.nonzero()[0])
+        raise AssertionError(
+            f"{int(wrong.sum())} of {wrong.numel()} elements are NaN or infinite where they should not be, or are not "
+            f"where they should; first at {first}: got {actual[first].item()!r}, expected {exact[first].item()!r}"
+        )
+
+
+def _differ(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (a != b) & ~(a.isnan() & b.isnan())
