@@ -8,6 +8,7 @@ and test skips. The torch-only reference stands behind every list and takes anyt
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -49,10 +50,20 @@ def choose(backends: Sequence[Backend], *arguments: Any) -> Choice:
     return Choice(REFERENCE, declined)
 
 
+def backends_of(op: str) -> tuple[Backend, ...]:
+    """The list of the op called `op`."""
+    found: tuple[Backend, ...] = importlib.import_module(f"{__package__}.{op}.support").BACKENDS
+    return found
+
+
+_SWITCHES = {op: environment.Switches([op]) for op in environment.OPS}
+
+
 @torch.compiler.assume_constant_result
 def library_reasons(op: str) -> list[str]:
     """Why the C++ library doesn't serve `op` in this process; read once per graph under `torch.compile`."""
-    return [*environment.reasons(op), *native.reasons()]
+    switched_off = _SWITCHES[op].obstacle()
+    return [switched_off, *native.reasons()] if switched_off else native.reasons()
 
 
 def tensor_reasons(

@@ -5,10 +5,11 @@ from .cases import CASES, Case
 from .layouts import LAYOUTS, lay_out
 from .oracle import exact, reference
 from .poison import poisoned_memory
-from .tiers import forced_tier, tiers
+from .tiers import KNOWN_TIERS, forced_tier, tiers
 
 __all__ = [
     "CASES",
+    "KNOWN_TIERS",
     "LAYOUTS",
     "Case",
     "assert_within_budget",

@@ -8,6 +8,10 @@ from contextlib import contextmanager
 from ..backends import native
 
 
+#: Every tier that some build has, lowest first; what tests are parametrised over, with the absent ones skipped.
+KNOWN_TIERS = ("scalar", "avx2", "avx512", "avx512bf16")
+
+
 def tiers() -> list[str]:
     """Tiers that the C++ library has and this processor can run, lowest first; empty without the library."""
     if not native.available():

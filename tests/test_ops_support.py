@@ -1,0 +1,79 @@
+"""One list per op answers what can run a call, and says in words what can't."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mnv4_kernels import environment, testing
+from mnv4_kernels.backends import native
+from mnv4_kernels.ops.support import REFERENCE, Backend, backends_of, choose, library_reasons
+from mnv4_kernels.testing import CASES
+
+OPS = sorted({case.op for case in CASES})
+FIRST = {op: next(case for case in CASES if case.op == op) for op in OPS}
+
+
+@pytest.mark.parametrize("op", OPS)
+class TestEachOp:
+    def test_the_cpp_kernel_runs_ordinary_calls_unless_the_library_is_missing(self, op: str) -> None:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert _cpp_reasons(op, FIRST[op].arguments(dtype)) == native.reasons()
+
+    def test_float64_is_declined_by_name(self, op: str) -> None:
+        reasons = _cpp_reasons(op, FIRST[op].arguments(torch.float64))
+        first = "query" if op == "mqa" else "x"
+        assert f"`{first}` is float64; the C++ kernels take float32, bfloat16 and float16" in reasons
+
+    def test_another_device_is_declined_by_name(self, op: str) -> None:
+        reasons = _cpp_reasons(op, tuple(_to_meta(value) for value in FIRST[op].arguments()))
+        first = "query" if op == "mqa" else "x"
+        assert f"`{first}` is on meta; the C++ kernels run on cpu" in reasons
+
+    @pytest.mark.parametrize("own", [True, False], ids=["own switch", "common switch"])
+    def test_a_switch_turns_it_off_at_run_time(self, op: str, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        name = environment.switch_of(op) if own else environment.DISABLE
+        before = library_reasons(op)
+        monkeypatch.setenv(name, "1")
+        assert library_reasons(op) == [f"turned off by {name}=1", *before]
+        others = [other for other in OPS if other != op and library_reasons(other) != before]
+        assert others == ([] if own else [other for other in OPS if other != op])
+        monkeypatch.delenv(name)
+        assert library_reasons(op) == before
+
+    def test_the_reference_stands_behind_the_list(self, op: str) -> None:
+        backend, declined = choose(backends_of(op), *FIRST[op].arguments(torch.float64))
+        assert backend == REFERENCE
+        assert list(declined) == [row.name for row in backends_of(op)]
+        assert all(declined.values())
+
+
+def test_the_first_able_backend_is_chosen_and_the_better_ones_say_why_not() -> None:
+    rows = (Backend("best", lambda n: ["n is odd"] if n % 2 else []), Backend("good", lambda n: []))
+    assert choose(rows, 2) == ("best", {})
+    assert choose(rows, 3) == ("good", {"best": ["n is odd"]})
+    assert choose(rows[:1], 3) == (REFERENCE, {"best": ["n is odd"]})
+
+
+def test_float32_channels_beside_low_precision_are_what_the_kernels_take() -> None:
+    x, weight, scale, *others = FIRST["dwconv_bn_act"].arguments(torch.bfloat16)
+    reasons = _cpp_reasons("dwconv_bn_act", (x, weight, scale.bfloat16(), *others))
+    assert reasons == [*native.reasons(), "`scale` is bfloat16; the C++ kernels take it in float32"]
+
+
+def test_every_op_has_a_switch() -> None:
+    assert tuple(OPS) == environment.OPS
+
+
+def test_no_tier_is_unknown_to_the_tests() -> None:
+    if not native.available():
+        pytest.skip("; ".join(native.reasons()))
+    assert set(native.module().compiled_tiers()) <= set(testing.KNOWN_TIERS)
+
+
+def _cpp_reasons(op: str, arguments: tuple) -> list[str]:
+    return next(row for row in backends_of(op) if row.name == "cpp").reasons(*arguments)
+
+
+def _to_meta(value: object) -> object:
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
