@@ -1,0 +1,82 @@
+"""info: what is installed, which kernels can be used, and what is missing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from typing import Any
+
+import torch
+
+from .. import environment
+from ..backends import device, native
+from .console import print_table
+
+#: distribution -> what is lost without it
+OPTIONAL = {
+    "timm": "patch, verify, bench and demo need it",
+    "triton": "no GPU kernels",
+    "rich": "plain tables",
+    "scikit-learn": "demo needs it for its photograph",
+    "onnxruntime": "bench reports it as missing",
+    "openvino": "bench reports it as missing",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--json`."""
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def collect() -> dict[str, Any]:
+    """The facts, as JSON values."""
+    facts: dict[str, Any] = {
+        "mnv4_kernels": device.version("mnv4_kernels") or "not installed, imported from a folder",
+        "torch": torch.__version__,
+        "cpu": device.cpu_name(),
+        "threads": torch.get_num_threads(),
+        "gpu": device.gpu_name(),
+        "extension": native.available(),
+        "extension_missing_because": native.reasons(),
+        "optional": {name: device.version(name) for name in OPTIONAL},
+        "environment": {name: os.environ.get(name) for name in environment.VARIABLES},
+    }
+    if native.available():
+        library = native.module()
+        facts["tiers"] = {
+            "compiled": library.compiled_tiers(),
+            "detected": library.detected_tier(),
+            "active": library.active_tier(),
+        }
+    return facts
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Prints the facts."""
+    facts = collect()
+    if arguments.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    print_table(["fact", "value"], _rows(facts), "mnv4_kernels", numbers=False)
+    print()
+    optional = [[name, found or f"missing: {OPTIONAL[name]}"] for name, found in facts["optional"].items()]
+    print_table(["optional", "version"], optional, numbers=False)
+    print()
+    variables = [[name, "not set" if value is None else value] for name, value in facts["environment"].items()]
+    print_table(["environment", "value"], variables, numbers=False)
+    return 0
+
+
+def _rows(facts: dict[str, Any]) -> list[list[str]]:
+    rows = [[name, str(facts[name])] for name in ("mnv4_kernels", "torch", "cpu", "threads")]
+    rows.append(["gpu", facts["gpu"] or "none"])
+    if facts["extension"]:
+        tiers = facts["tiers"]
+        rows.append(["C++ library", "loaded"])
+        rows.append(["tiers compiled", ", ".join(tiers["compiled"])])
+        rows.append(["tier detected", tiers["detected"]])
+        rows.append(["tier in use", tiers["active"]])
+    else:
+        rows.append(["C++ library", f"missing: {'; '.join(facts['extension_missing_because'])}"])
+    return rows
