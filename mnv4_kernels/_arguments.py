@@ -47,13 +47,13 @@ def check_operand(name: str, value: Any, like: torch.Tensor, like_name: str = "x
         )
 
 
-def check_channels(name: str, value: Any, length: int, like: torch.Tensor) -> None:
+def check_channels(name: str, value: Any, length: int, like: torch.Tensor, like_name: str = "x") -> None:
     """`value` is None or a float32 [length] on `like`'s device (float64 beside a float64 `like`)."""
     if value is None:
         return
     _check_tensor(name, value)
     if value.device != like.device:
-        raise ValueError(f"`{name}` must be on `x`'s device, {like.device}, got {value.device}")
+        raise ValueError(f"`{name}` must be on `{like_name}`'s device, {like.device}, got {value.device}")
     if value.dtype != torch.float32 and not (value.dtype == torch.float64 == like.dtype):
         wanted = "float32 or float64" if like.dtype == torch.float64 else "float32"
         raise TypeError(f"`{name}` must be {wanted}, got {dtype_name(value.dtype)}")
@@ -61,19 +61,24 @@ def check_channels(name: str, value: Any, length: int, like: torch.Tensor) -> No
         raise shape_error(name, f"[{length}]", value)
 
 
-def check_packed(name: str, value: Any, weight: torch.Tensor) -> None:
-    """`value` is None or what `prepack` makes of `weight`."""
+def check_packed(name: str, value: Any, *weights: torch.Tensor) -> None:
+    """`value` is None or has the size of what `prepack` makes of `weights`, one after the other."""
     if value is None:
         return
     _check_tensor(name, value)
-    filters = weight.shape[0]
-    expected = -(-filters // PANEL) * PANEL * (weight.numel() // max(filters, 1))
     if value.dtype != torch.float32:
         raise TypeError(f"`{name}` must be float32, got {dtype_name(value.dtype)}")
-    if value.device != weight.device:
-        raise ValueError(f"`{name}` must be on its weight's device, {weight.device}, got {value.device}")
+    if value.device != weights[0].device:
+        raise ValueError(f"`{name}` must be on its weight's device, {weights[0].device}, got {value.device}")
+    expected = sum(map(packed_size, weights))
     if value.dim() != 1 or value.shape[0] != expected:
-        raise ValueError(f"`{name}` must be prepack(weight), of shape [{expected}], got {tuple(value.shape)}")
+        raise ValueError(f"`{name}` must be what prepack gives, of shape [{expected}], got {tuple(value.shape)}")
+
+
+def packed_size(weight: torch.Tensor) -> int:
+    """Floats that `prepack` makes of `weight`: output channels rounded up to a panel."""
+    filters = weight.shape[0]
+    return -(-filters // PANEL) * PANEL * (weight.numel() // max(filters, 1))
 
 
 def check_act(act: Any) -> None:

@@ -87,7 +87,7 @@ def dwconv_bn_act(
             TensorFlow's, ceil(size / stride) outputs with the odd row or column after the image.
         dilation: int or (vertical, horizontal).
         act: the activation's name.
-        packed: `prepack(weight, depthwise=True)`, which spares the C++ kernel the packing.
+        packed: `prepack(weight, scale, depthwise=True)`, which spares the C++ kernel the packing.
 
     Returns:
         [N, C, H', W'], x's dtype and memory format.
@@ -135,7 +135,7 @@ def pwconv_bn_act(
         act: the activation's name.
         gamma: [K], float32: the layer scale, applied after the activation.
         residual: [N, K, H, W], x's dtype, any memory format; added in float32 before the rounding.
-        packed: `prepack(weight)`, which spares the C++ kernel the packing.
+        packed: `prepack(weight, scale)`, which spares the C++ kernel the packing.
 
     Returns:
         [N, K, H, W], x's dtype and memory format.
@@ -190,7 +190,7 @@ def conv_bn_act(
         dilation: int or (vertical, horizontal).
         act: the activation's name.
         channels_last: answer in NHWC whatever x's memory format: a stem reads NCHW images and writes NHWC.
-        packed: `prepack(weight)`, which spares the C++ kernel the packing.
+        packed: `prepack(weight, scale)`, which spares the C++ kernel the packing.
 
     Returns:
         [N, K, H', W'], x's dtype; NHWC where `channels_last` or x is NHWC.
@@ -248,7 +248,8 @@ def kv_downsample(
         stride: of the depthwise convolutions, int or (vertical, horizontal).
         padding: of the depthwise convolutions, as in `dwconv_bn_act`.
         dilation: of the depthwise convolutions, int or (vertical, horizontal).
-        packed: `prepack` of the four weights in the order of the C++ library.
+        packed: one after the other (torch.cat), `prepack(key_down, key_scale, depthwise=True)`,
+            `prepack(key_project)` and the same of value; projections only where there is no downsampling.
 
     Returns:
         (key [N, P, Dk], value [N, P, Dv]), contiguous, x's dtype; P is the number of output pixels, row by row.
@@ -279,6 +280,7 @@ def kv_downsample(
     check_channels("key_shift", key_shift, channels, x)
     check_channels("value_scale", value_scale, channels, x)
     check_channels("value_shift", value_shift, channels, x)
+    check_packed("packed", packed, *(w for w in (key_down, key_project, value_down, value_project) if w is not None))
     key = (key_down, key_scale, key_shift, key_project)
     value = (value_down, value_scale, value_shift, value_project)
     arguments = (x, *key, *value, stride, sides, dilation, packed)
@@ -362,7 +364,7 @@ def head(
         act: the activation's name.
         classifier_weight: [K, F], x's dtype, or None: the features are the answer.
         classifier_bias: [K], x's dtype, or None.
-        packed: `prepack(weight)`, which spares the C++ kernel the packing.
+        packed: `prepack(weight, scale)`, which spares the C++ kernel the packing.
         classifier_packed: `prepack(classifier_weight[:, :, None, None])`.
 
     Returns:
@@ -397,25 +399,38 @@ def head(
     return _run(ops.head, head_support.BACKENDS, head_reference, arguments, operands=(0, 1, 5, 6))
 
 
-def prepack(weight: torch.Tensor, *, depthwise: bool = False) -> torch.Tensor:
-    """`weight` in the order in which the C++ kernels read it, to be passed as `packed`.
+def prepack(
+    weight: torch.Tensor,  # [C, 1, kh, kw] or [K, C, kh, kw]
+    scale: torch.Tensor | None = None,  # [C] or [K]
+    *,
+    depthwise: bool = False,
+) -> torch.Tensor:
+    """`weight` * `scale` in the order in which the C++ kernels read it, to be passed as `packed`.
+
+    A kernel that gets `packed` reads neither `weight` nor `scale`: pass the ones it was made
+    from, for the backends that do, and make it anew when they change.
 
     Args:
         weight: [C, 1, kh, kw] with `depthwise`, else [K, C, kh, kw]; on the CPU.
+        scale: one factor an output channel, float32; None is 1.
         depthwise: pack for `dwconv_bn_act`.
 
     Returns:
-        [ceil(K / 16) * 16 * C * kh * kw], float32. It doesn't follow later changes of `weight`.
+        [ceil(K / 16) * 16 * C * kh * kw], float32.
 
     Raises:
-        TypeError: `weight` is not a floating-point tensor.
-        ValueError: `weight` is not 4-dimensional.
+        TypeError: an argument is not a floating-point tensor.
+        ValueError: an argument has the wrong shape.
         RuntimeError: the C++ library is not loaded; only it reads packed weights.
     """
     check_activation("weight", weight, 4, "[C, 1, kh, kw]" if depthwise else "[K, C, kh, kw]")
     if depthwise and weight.shape[1] != 1:
         raise shape_error("weight", "[C, 1, kh, kw]", weight)
-    packed: torch.Tensor = ops.prepack(weight.detach(), depthwise)
+    check_channels("scale", scale, weight.shape[0], weight, "weight")
+    values = weight.detach()
+    if scale is not None:
+        values = values.float() * scale.detach().view(-1, 1, 1, 1)
+    packed: torch.Tensor = ops.prepack(values, depthwise)
     return packed
 
 

@@ -55,10 +55,12 @@ def test_the_first_able_backend_is_chosen_and_the_better_ones_say_why_not() -> N
     assert choose(rows[:1], 3) == (REFERENCE, {"best": ["n is odd"]})
 
 
-def test_float32_channels_beside_low_precision_are_what_the_kernels_take() -> None:
+def test_every_tensor_is_looked_at_and_absent_ones_are_not() -> None:
     x, weight, scale, *others = FIRST["dwconv_bn_act"].arguments(torch.bfloat16)
-    reasons = _cpp_reasons("dwconv_bn_act", (x, weight, scale.bfloat16(), *others))
-    assert reasons == [*native.reasons(), "`scale` is bfloat16; the C++ kernels take it in float32"]
+    reasons = _cpp_reasons("dwconv_bn_act", (x, weight.double(), None, *others))
+    assert reasons == [*native.reasons(), "`weight` is float64; the C++ kernels take float32, bfloat16 and float16"]
+    reasons = _cpp_reasons("dwconv_bn_act", (x, weight, scale.to("meta"), *others))
+    assert reasons == [*native.reasons(), "`scale` is on meta; the C++ kernels run on cpu"]
 
 
 def test_every_op_has_a_switch() -> None:

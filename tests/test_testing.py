@@ -1,4 +1,4 @@
-"""The helpers that judge the kernels are judged first: each has inputs that it must pass and inputs that it must fail."""
+"""The helpers that judge the kernels are judged first: each has inputs that it must pass, and that it must fail."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ class TestLayouts:
             assert int(storage.isnan().sum()) == storage.numel() - y.numel() > 0, layout
 
     def test_an_unknown_layout_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="`layout` must be one of contiguous, .*, got 'nchw'"):
+        with pytest.raises(ValueError, match=r"`layout` must be one of contiguous, .*, got 'nchw'"):
             lay_out(torch.ones(1), "nchw")
 
 
@@ -205,7 +205,10 @@ class TestTiers:
     def test_an_unknown_tier_is_refused(self) -> None:
         if not testing.tiers():
             pytest.skip("needs the C++ library")
-        with pytest.raises(ValueError, match="`name` must be one of scalar, .*, got 'sse9'"), testing.forced_tier("sse9"):
+        with (
+            pytest.raises(ValueError, match=r"`name` must be one of scalar, .*, got 'sse9'"),
+            testing.forced_tier("sse9"),
+        ):
             pass
 
 

@@ -9,7 +9,7 @@ and test skips. The torch-only reference stands behind every list and takes anyt
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -66,41 +66,17 @@ def library_reasons(op: str) -> list[str]:
     return [switched_off, *native.reasons()] if switched_off else native.reasons()
 
 
-def tensor_reasons(
-    operands: Mapping[str, torch.Tensor | None], vectors: Mapping[str, torch.Tensor | None]
-) -> list[str]:
-    """What the C++ kernels don't take among the op's tensors; None stands for an absent argument.
-
-    Args:
-        operands: activations and weights: float32, bfloat16 or float16.
-        vectors: per-channel scales, shifts and packed weights: float32.
-    """
+def tensor_reasons(**tensors: torch.Tensor | None) -> list[str]:
+    """What the C++ kernels don't take among an op's tensors, by name; None stands for an absent argument."""
     reasons = []
-    for name, value in operands.items():
-        if value is not None and not (value.is_cpu and value.dtype in CPP_DTYPES):
-            reasons += _operand_reasons(name, value)
-    for name, value in vectors.items():
-        if value is not None and not (value.is_cpu and value.dtype == torch.float32):
-            reasons += _vector_reasons(name, value)
+    for name, value in tensors.items():
+        if value is None or (value.is_cpu and value.dtype in CPP_DTYPES):
+            continue
+        if not value.is_cpu:
+            reasons.append(f"`{name}` is on {value.device}; the C++ kernels run on cpu")
+        if value.dtype not in CPP_DTYPES:
+            reasons.append(f"`{name}` is {dtype_name(value.dtype)}; the C++ kernels take float32, bfloat16 and float16")
     return reasons
-
-
-def _operand_reasons(name: str, value: torch.Tensor) -> list[str]:
-    reasons = _device_reasons(name, value)
-    if value.dtype not in CPP_DTYPES:
-        reasons.append(f"`{name}` is {dtype_name(value.dtype)}; the C++ kernels take float32, bfloat16 and float16")
-    return reasons
-
-
-def _vector_reasons(name: str, value: torch.Tensor) -> list[str]:
-    reasons = _device_reasons(name, value)
-    if value.dtype != torch.float32:
-        reasons.append(f"`{name}` is {dtype_name(value.dtype)}; the C++ kernels take it in float32")
-    return reasons
-
-
-def _device_reasons(name: str, value: torch.Tensor) -> list[str]:
-    return [] if value.is_cpu else [f"`{name}` is on {value.device}; the C++ kernels run on cpu"]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

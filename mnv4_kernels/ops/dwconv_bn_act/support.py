@@ -19,9 +19,8 @@ def supports(
     packed: torch.Tensor | None = None,
 ) -> list[str]:
     """Why the C++ kernel can't run this call; empty list: it can."""
-    operands = {"x": x, "weight": weight}
-    vectors = {"scale": scale, "shift": shift, "packed": packed}
-    return [*library_reasons("dwconv_bn_act"), *tensor_reasons(operands, vectors)]
+    tensors = tensor_reasons(x=x, weight=weight, scale=scale, shift=shift, packed=packed)
+    return [*library_reasons("dwconv_bn_act"), *tensors]
 
 
 BACKENDS = (Backend("cpp", supports),)

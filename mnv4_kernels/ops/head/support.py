@@ -19,14 +19,17 @@ def supports(
     classifier_packed: torch.Tensor | None = None,
 ) -> list[str]:
     """Why the C++ kernel can't run this call; empty list: it can."""
-    operands = {
-        "x": x,
-        "weight": weight,
-        "classifier_weight": classifier_weight,
-        "classifier_bias": classifier_bias,
-    }
-    vectors = {"scale": scale, "shift": shift, "packed": packed, "classifier_packed": classifier_packed}
-    return [*library_reasons("head"), *tensor_reasons(operands, vectors)]
+    tensors = tensor_reasons(
+        x=x,
+        weight=weight,
+        scale=scale,
+        shift=shift,
+        classifier_weight=classifier_weight,
+        classifier_bias=classifier_bias,
+        packed=packed,
+        classifier_packed=classifier_packed,
+    )
+    return [*library_reasons("head"), *tensors]
 
 
 BACKENDS = (Backend("cpp", supports),)

@@ -23,21 +23,19 @@ def supports(
     packed: torch.Tensor | None = None,
 ) -> list[str]:
     """Why the C++ kernel can't run this call; empty list: it can."""
-    operands = {
-        "x": x,
-        "key_down": key_down,
-        "key_project": key_project,
-        "value_down": value_down,
-        "value_project": value_project,
-    }
-    vectors = {
-        "key_scale": key_scale,
-        "key_shift": key_shift,
-        "value_scale": value_scale,
-        "value_shift": value_shift,
-        "packed": packed,
-    }
-    return [*library_reasons("kv_downsample"), *tensor_reasons(operands, vectors)]
+    tensors = tensor_reasons(
+        x=x,
+        key_down=key_down,
+        key_scale=key_scale,
+        key_shift=key_shift,
+        key_project=key_project,
+        value_down=value_down,
+        value_scale=value_scale,
+        value_shift=value_shift,
+        value_project=value_project,
+        packed=packed,
+    )
+    return [*library_reasons("kv_downsample"), *tensors]
 
 
 BACKENDS = (Backend("cpp", supports),)

@@ -15,7 +15,8 @@ def supports(
     scale: float,
 ) -> list[str]:
     """Why the C++ kernel can't run this call; empty list: it can."""
-    return [*library_reasons("mqa"), *tensor_reasons({"query": query, "key": key, "value": value}, {})]
+    tensors = tensor_reasons(query=query, key=key, value=value)
+    return [*library_reasons("mqa"), *tensors]
 
 
 BACKENDS = (Backend("cpp", supports),)

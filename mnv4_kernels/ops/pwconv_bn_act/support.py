@@ -18,9 +18,10 @@ def supports(
     packed: torch.Tensor | None = None,
 ) -> list[str]:
     """Why the C++ kernel can't run this call; empty list: it can."""
-    operands = {"x": x, "weight": weight, "residual": residual}
-    vectors = {"scale": scale, "shift": shift, "gamma": gamma, "packed": packed}
-    return [*library_reasons("pwconv_bn_act"), *tensor_reasons(operands, vectors)]
+    tensors = tensor_reasons(
+        x=x, weight=weight, scale=scale, shift=shift, gamma=gamma, residual=residual, packed=packed
+    )
+    return [*library_reasons("pwconv_bn_act"), *tensors]
 
 
 BACKENDS = (Backend("cpp", supports),)
