@@ -1,0 +1,92 @@
+#include "cpu/features.h"
+
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+namespace mnv4::cpu {
+namespace {
+
+constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512bf16"};
+
+Tier detect() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Tier::kAvx512Bf16;
+  if (avx512) return Tier::kAvx512;
+  if (avx2) return Tier::kAvx2;
+#endif
+  return Tier::kScalar;
+}
+
+constexpr int kNoCap = static_cast<int>(Tier::kAvx512Bf16);
+
+int cap_from_environment() {
+  const char* name = std::getenv("MNV4_KERNELS_TIER");
+  Tier tier;
+  return name && parse_tier(name, &tier) ? static_cast<int>(tier) : kNoCap;
+}
+
+std::atomic<int>& cap() {
+  static std::atomic<int> value{cap_from_environment()};
+  return value;
+}
+
+long cache_size(int name, long fallback) {
+  const long size = sysconf(name);
+  return size > 0 ? size : fallback;
+}
+
+}  // namespace
+
+const char* tier_name(Tier tier) { return kNames[static_cast<int>(tier)]; }
+
+bool parse_tier(const char* name, Tier* tier) {
+  for (int i = 0; i <= kNoCap; ++i) {
+    if (std::strcmp(name, kNames[i]) == 0) {
+      *tier = static_cast<Tier>(i);
+      return true;
+    }
+  }
+  return false;
+}
+
+std::vector<Tier> compiled_tiers() {
+#if defined(__x86_64__)
+  return {Tier::kScalar, Tier::kAvx2, Tier::kAvx512, Tier::kAvx512Bf16};
+#else
+  return {Tier::kScalar};
+#endif
+}
+
+Tier detected_tier() {
+  static const Tier tier = detect();
+  return tier;
+}
+
+Tier active_tier() {
+  const int detected = static_cast<int>(detected_tier());
+  const int limit = cap().load(std::memory_order_relaxed);
+  return static_cast<Tier>(detected < limit ? detected : limit);
+}
+
+void set_tier_cap(Tier tier) { cap().store(static_cast<int>(tier), std::memory_order_relaxed); }
+
+void clear_tier_cap() { cap().store(cap_from_environment(), std::memory_order_relaxed); }
+
+const CacheSizes& cache_sizes() {
+  static const CacheSizes sizes{
+      cache_size(_SC_LEVEL1_DCACHE_SIZE, 32 << 10),
+      cache_size(_SC_LEVEL2_CACHE_SIZE, 512 << 10),
+      cache_size(_SC_LEVEL3_CACHE_SIZE, 8 << 20),
+  };
+  return sizes;
+}
+
+}  // namespace mnv4::cpu

@@ -1,0 +1,33 @@
+// softmax(Q K^T * scale) V for query rows that all share one K and one V.
+//
+// Heads of one position are adjacent in NHWC, so [positions][heads][Dk] is already the row-major matrix
+// [positions * heads][Dk]: no transpose, no copy of Q or of the result.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/gemm/gemm.h"
+
+namespace mnv4 {
+
+struct AttentionArgs {
+  const float* query;  // [rows][key_dim]
+  const float* key;    // packed [ceil(P / 16)][key_dim][16]
+  const float* value;  // packed [ceil(value_dim / 16)][P][16]
+  const float* zeros;  // [max(ceil(P / 16), ceil(value_dim / 16)) * 16] of bias
+  float* y;            // [rows][value_dim]
+  int64_t positions;   // P, keys of an image
+  int64_t key_dim;
+  int64_t value_dim;
+  float scale;
+};
+
+// Floats of scratch that one worker needs: the scores of one block of rows.
+int64_t attention_scratch(const GemmKernel& kernel, int64_t positions);
+
+// Query rows [row_begin, row_end).
+void attention(const GemmKernel& kernel, const AttentionArgs& args, int64_t row_begin, int64_t row_end,
+               float* scratch);
+
+}  // namespace mnv4

@@ -1,0 +1,55 @@
+// Dense k x k convolution as a product over segments: the stem and EdgeResidual's 3x3.
+//
+// A worker keeps the padded input rows that an output row needs in a ring, so that no tap is out of bounds and nothing
+// is multiplied by padding that is not zero anyway; each input row is copied once per worker.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/gemm/gemm.h"
+
+namespace mnv4 {
+
+// Strides are in elements.
+struct ConvArgs {
+  const float* x;
+  ptrdiff_t x_channel;
+  ptrdiff_t x_row;
+  ptrdiff_t x_pixel;
+  int64_t channels;
+  int64_t height;
+  int64_t width;
+  const float* weight;  // packed [ceil(K / 16)][kh * kw * C][16], in conv_is_planar's order
+  const float* bias;    // [ceil(K / 16) * 16]
+  float* y;             // [Ho][Wo][K]
+  ptrdiff_t y_row;
+  ptrdiff_t y_pixel;
+  int64_t out_channels;
+  int64_t out_height;
+  int64_t out_width;
+  int kernel_h;
+  int kernel_w;
+  int stride_h;
+  int stride_w;
+  int pad_top;
+  int pad_left;
+  int dilation_h;
+  int dilation_w;
+  Activation act;
+};
+
+// Few input channels (an image): rows are kept channel by channel and the reduction runs over (c, ky, kx); otherwise
+// pixel by pixel, over (ky, kx, c).
+inline constexpr bool conv_is_planar(int64_t channels) { return channels < kPanel; }
+
+// Floats of scratch that one worker needs.
+int64_t conv_scratch(const ConvArgs& args);
+
+// Output rows [row_begin, row_end), all output channels.
+void conv(const GemmKernel& kernel, const ConvArgs& args, int64_t row_begin, int64_t row_end, float* scratch);
+
+// OIHW weights in conv_is_planar's order.
+void pack_conv(const float* weight, int64_t out_channels, int64_t channels, int64_t taps, float* packed);
+
+}  // namespace mnv4

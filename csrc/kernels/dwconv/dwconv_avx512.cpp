@@ -1,0 +1,9 @@
+#include "simd/vec_avx512.h"
+
+#include "kernels/dwconv/tile.h"
+
+namespace mnv4 {
+
+extern const DwconvKernel dwconv_f32_avx512 = {"dwconv_f32_avx512", dwconv_run};
+
+}  // namespace mnv4

@@ -1,0 +1,138 @@
+#include "kernels/gemm/gemm.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+namespace mnv4 {
+
+#define MNV4_GEMM_KERNEL(tier, name) extern const GemmKernel name;
+#include "kernels/gemm/gemm.inc"
+#undef MNV4_GEMM_KERNEL
+
+const GemmKernel& gemm_kernel() {
+  using cpu::Tier;
+  const Tier active = cpu::active_tier();
+#define MNV4_GEMM_KERNEL(tier, name) \
+  if (active >= tier) return name;
+#include "kernels/gemm/gemm.inc"
+#undef MNV4_GEMM_KERNEL
+  return gemm_f32_scalar;
+}
+
+namespace {
+
+// Rows of a block whose operand stays in half of L2 while every panel of weights passes by.
+int64_t block_tiles(const GemmKernel& kernel, int64_t k) {
+  const int64_t budget = cpu::cache_sizes().l2 / 2 / static_cast<int64_t>(sizeof(float));
+  return std::max<int64_t>(1, budget / (k * kernel.max_rows));
+}
+
+// A row pitch that is a multiple of 4 KiB puts all rows of a tile in the same L1 set: 60 to 70% of peak. A copy with a
+// pitch one panel longer restores it, and costs a pass over the operand.
+bool aliases(const GemmArgs& args, int64_t rows, int64_t panels) {
+  constexpr ptrdiff_t kSetStride = 4096 / sizeof(float);
+  return args.a_row % kSetStride == 0 && args.segments == 1 && rows > 4 && panels > 2;
+}
+
+float* copy_rows(const GemmArgs& args, int64_t first, int64_t rows, ptrdiff_t pitch) {
+  static thread_local std::vector<float> buffer;
+  if (buffer.size() < static_cast<size_t>(rows * pitch)) buffer.resize(static_cast<size_t>(rows * pitch));
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* row = args.a + (first + r) * args.a_row + args.segment[0];
+    std::memcpy(buffer.data() + r * pitch, row, static_cast<size_t>(args.segment_length) * sizeof(float));
+  }
+  return buffer.data();
+}
+
+void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begin, int64_t row_end,
+                int64_t panel_begin, int64_t panel_end) {
+  const int64_t rows = row_end - row_begin;
+  const int64_t k = args.segments * args.segment_length;
+  const int64_t last_panel = div_up(args.n, kPanel) - 1;
+  const bool wide =
+      rows <= kernel.wide_rows && args.c_panel == kPanel && (!args.residual || args.residual_panel == kPanel);
+  const int64_t tiles = div_up(rows, kernel.max_rows);
+  const ptrdiff_t whole_row = 0;
+
+  GemmTile tile;
+  tile.segment = args.segment;
+  tile.segments = args.segments;
+  tile.segment_length = args.segment_length;
+  tile.b_panel = k * kPanel;
+  tile.residual_row = args.residual_row;
+  tile.c_row = args.c_row;
+  tile.act = args.act;
+  const float* a = args.a + row_begin * args.a_row;
+  tile.a_row = args.a_row;
+  if (aliases(args, rows, panel_end - panel_begin)) {
+    tile.a_row = k + kPanel;
+    tile.segment = &whole_row;
+    a = copy_rows(args, row_begin, rows, tile.a_row);
+  }
+
+  int64_t panel = panel_begin;
+  while (panel < panel_end) {
+    const int64_t panels = wide && panel_end - panel >= kernel.wide_panels ? kernel.wide_panels : 1;
+    const bool is_last = panel + panels - 1 == last_panel;
+    tile.columns = is_last ? static_cast<int>(args.n - last_panel * kPanel) : kPanel;
+    tile.b = args.b + panel * k * kPanel;
+    tile.bias = args.bias + panel * kPanel;
+    tile.gamma = args.gamma ? args.gamma + panel * kPanel : nullptr;
+    for (int64_t t = 0; t < tiles; ++t) {
+      // balanced: tiles differ by one row at most
+      const int64_t first = rows * t / tiles;
+      const int64_t count = rows * (t + 1) / tiles - first;
+      const int64_t row = row_begin + first;
+      tile.a = a + first * tile.a_row;
+      tile.c = args.c + row * args.c_row + panel * args.c_panel;
+      tile.residual = args.residual ? args.residual + row * args.residual_row + panel * args.residual_panel : nullptr;
+      (panels > 1 ? kernel.wide : kernel.tile)[count](tile);
+    }
+    panel += panels;
+  }
+}
+
+}  // namespace
+
+void gemm(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begin, int64_t row_end, int64_t panel_begin,
+          int64_t panel_end) {
+  const int64_t rows = row_end - row_begin;
+  if (rows <= 0) return;
+  const int64_t tiles = div_up(rows, kernel.max_rows);
+  const int64_t blocks = div_up(tiles, block_tiles(kernel, args.segments * args.segment_length));
+  for (int64_t b = 0; b < blocks; ++b) {
+    gemm_block(kernel, args, row_begin + rows * b / blocks, row_begin + rows * (b + 1) / blocks, panel_begin,
+               panel_end);
+  }
+}
+
+GemmGrid gemm_grid(const GemmKernel& kernel, int64_t rows, int64_t panels, int64_t workers) {
+  const int64_t tiles = std::max<int64_t>(1, div_up(rows, kernel.max_rows));
+  GemmGrid best{1, 1};
+  int64_t best_cost = tiles * panels;
+  for (int64_t row_chunks = 1; row_chunks <= std::min(workers, tiles); ++row_chunks) {
+    const int64_t panel_chunks = std::min(panels, workers / row_chunks);
+    const int64_t cost = div_up(tiles, row_chunks) * div_up(panels, panel_chunks);
+    // on a tie the grid with more row chunks wins: its workers share the weights, not the activations' lines
+    if (cost <= best_cost) {
+      best_cost = cost;
+      best = {row_chunks, panel_chunks};
+    }
+  }
+  return best;
+}
+
+void pack_panels(const float* weight, int64_t n, int64_t k, ptrdiff_t weight_row, ptrdiff_t weight_column,
+                 float* packed) {
+  for (int64_t first = 0; first < n; first += kPanel) {
+    const int64_t columns = std::min<int64_t>(kPanel, n - first);
+    for (int64_t i = 0; i < k; ++i) {
+      for (int64_t j = 0; j < columns; ++j) packed[j] = weight[(first + j) * weight_row + i * weight_column];
+      for (int64_t j = columns; j < kPanel; ++j) packed[j] = 0.0f;
+      packed += kPanel;
+    }
+  }
+}
+
+}  // namespace mnv4

@@ -1,0 +1,88 @@
+// C = act(A B + bias) * gamma + residual, by register tiles: 1x1 convolutions, dense convolutions by segments,
+// attention's two products and the classifier all run on these kernels.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/features.h"
+#include "kernels/activation.h"
+
+namespace mnv4 {
+
+// Output channels of one packed panel of weights.
+inline constexpr int kPanel = 16;
+
+inline constexpr int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline constexpr int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; }
+
+// One tile: `rows` rows by one panel (or kWidePanels panels for a wide tile). Strides are in elements.
+struct GemmTile {
+  const float* a;           // row 0
+  ptrdiff_t a_row;          // from a row to the next
+  const ptrdiff_t* segment; // [segments] start of each run of K within a row
+  int64_t segments;
+  int64_t segment_length;   // every run has this many consecutive K
+  const float* b;           // [K][kPanel]
+  ptrdiff_t b_panel;        // from a panel to the next; read by wide tiles only
+  const float* bias;        // [panels * kPanel]
+  const float* gamma;       // [panels * kPanel] or null
+  const float* residual;    // or null
+  ptrdiff_t residual_row;
+  float* c;
+  ptrdiff_t c_row;
+  int columns;              // valid columns of the (last) panel, 1 to kPanel
+  Activation act;
+};
+
+using GemmTileFn = void (*)(const GemmTile&);
+
+struct GemmKernel {
+  const char* name;
+  // rows of the largest tile; tile[r] takes exactly r rows
+  int max_rows;
+  GemmTileFn tile[16];
+  // tiles of few rows take several panels at once, to have enough independent sums
+  int wide_rows;
+  int wide_panels;
+  GemmTileFn wide[4];
+};
+
+// The first kernel of the list that the active tier can run.
+const GemmKernel& gemm_kernel();
+
+// A matrix product over rows [row_begin, row_end) and panels [panel_begin, panel_end) of one operand.
+struct GemmArgs {
+  const float* a;
+  ptrdiff_t a_row;
+  const ptrdiff_t* segment;
+  int64_t segments;
+  int64_t segment_length;
+  const float* b;         // packed [ceil(n / kPanel)][K][kPanel]
+  const float* bias;      // [ceil(n / kPanel) * kPanel]
+  const float* gamma;     // the same, or null
+  const float* residual;  // or null
+  ptrdiff_t residual_row;
+  float* c;
+  ptrdiff_t c_row;
+  ptrdiff_t c_panel;      // from a panel's columns to the next's; residual_panel for the residual
+  ptrdiff_t residual_panel;
+  int64_t n;              // columns
+  Activation act;
+};
+
+void gemm(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begin, int64_t row_end, int64_t panel_begin,
+          int64_t panel_end);
+
+// How `tasks` workers share a product: a grid of row chunks by panel chunks.
+struct GemmGrid {
+  int64_t row_chunks;
+  int64_t panel_chunks;
+};
+GemmGrid gemm_grid(const GemmKernel& kernel, int64_t rows, int64_t panels, int64_t workers);
+
+// [n][k] row-major weights to [ceil(n / kPanel)][k][kPanel], missing columns zero.
+void pack_panels(const float* weight, int64_t n, int64_t k, ptrdiff_t weight_row, ptrdiff_t weight_column,
+                 float* packed);
+
+}  // namespace mnv4

@@ -1,0 +1,28 @@
+// What is left beside the products: widening and rounding of storage types, pooling, softmax.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace mnv4 {
+
+enum class Storage { kFloat32, kBfloat16, kFloat16 };
+
+inline constexpr int64_t storage_bytes(Storage type) { return type == Storage::kFloat32 ? 4 : 2; }
+
+struct PointwiseKernels {
+  const char* name;
+  // y[i] = x[i], widened to float32
+  void (*widen)(const void* x, Storage type, float* y, int64_t n);
+  // y[i] = x[i], rounded to nearest even
+  void (*narrow)(const float* x, Storage type, void* y, int64_t n);
+  // y[c] = mean over pixels of x[pixel][c]; the sum runs over pixels in order
+  void (*mean_pixels)(const float* x, int64_t pixels, ptrdiff_t x_pixel, int64_t channels, float* y);
+  // softmax of scale * x over `columns`, in place, for each row; rows are x_row apart
+  void (*softmax_rows)(float* x, int64_t rows, int64_t columns, ptrdiff_t x_row, float scale);
+};
+
+// The first entry of the list that the active tier can run.
+const PointwiseKernels& pointwise_kernels();
+
+}  // namespace mnv4

@@ -1,0 +1,9 @@
+#include "simd/vec_scalar.h"
+
+#include "kernels/pointwise/pointwise_impl.h"
+
+namespace mnv4 {
+
+extern const PointwiseKernels pointwise_scalar = {"pointwise_scalar", widen, narrow, mean_pixels, softmax_rows};
+
+}  // namespace mnv4

@@ -1,0 +1,77 @@
+// Activations on vectors. Include after one of vec_*.h.
+#pragma once
+
+#include "kernels/activation.h"
+
+namespace mnv4::simd {
+namespace {
+
+// e^x to 2 ulp: x = n ln2 + r, e^r = 1 + r + r^2 q(r) (minimax fit of q on |r| <= ln2 / 2).
+MNV4_INLINE Vec exp(Vec x) {
+  // beyond these limits the result is 0 or infinity; NaN passes through
+  x = min(Vec::broadcast(89.0f), max(Vec::broadcast(-104.0f), x));
+  const Vec n = round(x * Vec::broadcast(1.442695041f));
+  // ln2 in two parts, the first exact in products with small n
+  Vec r = fma(n, Vec::broadcast(-0.693359375f), x);
+  r = fma(n, Vec::broadcast(2.12194440e-4f), r);
+  Vec q = Vec::broadcast(0.00139411f);
+  q = fma(q, r, Vec::broadcast(0.00836318f));
+  q = fma(q, r, Vec::broadcast(0.04166637f));
+  q = fma(q, r, Vec::broadcast(0.16666576f));
+  q = fma(q, r, Vec::broadcast(0.5f));
+  const Vec y = fma(r * r, q, r) + Vec::broadcast(1.0f);
+  return scale_by_power_of_two(y, n);
+}
+
+// erf x: x p(x^2) for |x| < 1, else 1 - e^g(|x|) (minimax fits; absolute error below 2e-7).
+MNV4_INLINE Vec erf(Vec x) {
+  const Vec one = Vec::broadcast(1.0f);
+  const Vec t = min(Vec::broadcast(4.0f), abs(x));
+  const Vec s = t * t;
+  Vec p = Vec::broadcast(7.88912147982046e-05f);
+  p = fma(p, s, Vec::broadcast(-0.0008020841632969677f));
+  p = fma(p, s, Vec::broadcast(0.005189535208046436f));
+  p = fma(p, s, Vec::broadcast(-0.026854444295167923f));
+  p = fma(p, s, Vec::broadcast(0.11283600330352783f));
+  p = fma(p, s, Vec::broadcast(-0.3761262595653534f));
+  p = fma(p, s, Vec::broadcast(1.1283791065216064f));
+  Vec g = Vec::broadcast(0.00018797208031173795f);
+  g = fma(g, t, Vec::broadcast(-0.002964009763672948f));
+  g = fma(g, t, Vec::broadcast(0.021906491369009018f));
+  g = fma(g, t, Vec::broadcast(-0.1032562330365181f));
+  g = fma(g, t, Vec::broadcast(-0.6379649639129639f));
+  g = fma(g, t, Vec::broadcast(-1.1272022724151611f));
+  g = fma(g, t, Vec::broadcast(-0.00031246498110704124f));
+  return select_less(t, one, x * p, copy_sign(one - exp(g), x));
+}
+
+MNV4_INLINE Vec clamp(Vec low, Vec high, Vec x) { return min(high, max(low, x)); }
+
+// NaN passes through every branch: max and min give their second operand where one is NaN.
+MNV4_INLINE Vec activate(Activation act, Vec x) {
+  const Vec zero = Vec::zero();
+  const Vec one = Vec::broadcast(1.0f);
+  switch (act) {
+    case Activation::kNone:
+      return x;
+    case Activation::kRelu:
+      return max(zero, x);
+    case Activation::kRelu6:
+      return clamp(zero, Vec::broadcast(6.0f), x);
+    case Activation::kHardSwish:
+      return x * clamp(zero, Vec::broadcast(6.0f), x + Vec::broadcast(3.0f)) / Vec::broadcast(6.0f);
+    case Activation::kSilu:
+      return x / (one + exp(zero - x));
+    case Activation::kGelu:
+      return x * Vec::broadcast(0.5f) * (one + erf(x * Vec::broadcast(0.70710678f)));
+    case Activation::kGeluTanh: {
+      // 0.5 x (1 + tanh u) = x / (1 + e^-2u), u = sqrt(2/pi) (x + 0.044715 x^3)
+      const Vec cubic = fma(x * x * x, Vec::broadcast(0.044715f), x);
+      return x / (one + exp(cubic * Vec::broadcast(-1.5957691216f)));
+    }
+  }
+  return x;
+}
+
+}  // namespace
+}  // namespace mnv4::simd
