@@ -1,0 +1,130 @@
+"""Launch configs for a device that nobody has tuned: pure functions of the shape.
+
+The thresholds come from the offline table (registers and spills on sm_80, sm_90 and sm_100) and from
+arithmetic on tiles, not from timings; a tuned file overrides every one of them.
+"""
+
+from __future__ import annotations
+
+from .config import AttentionConfig, DepthwiseConfig, DepthwiseGemmConfig, GemmConfig, PoolConfig
+from .launch import cdiv, next_power_of_2
+
+#: Multiprocessors of the device that is assumed where none can be asked.
+DEFAULT_MULTIPROCESSORS = 132
+
+#: Ceilings of one H100 that weigh a tile's costs against each other: bf16 product and copy as measured by the
+#: project, L2 bandwidth as published microbenchmarks have it.
+MATMUL_TFLOP_S = 790.0
+COPY_GB_S = 3000.0
+L2_GB_S = 5500.0
+
+#: Bytes that one lane moves at once.
+VECTOR_BYTES = 16
+
+
+def channel_block(channels: int, limit: int = 64) -> int:
+    """The block in {16, 32, 64} up to `limit` that covers `channels` with the least waste; the widest at a tie.
+
+    16 channels of 2 bytes fill a 32-byte sector, so a narrow block loses no bandwidth.
+    """
+    blocks = [block for block in (64, 32, 16) if block <= limit]
+    return min(blocks, key=lambda block: (cdiv(channels, block) * block, -block))
+
+
+def _rows(out_height: int, most: int) -> int:
+    """Output rows of a strip: least rows computed in vain, then the tallest strip, of at most `most` rows."""
+    return min(range(1, most + 1), key=lambda rows: (cdiv(out_height, rows) * rows, -rows))
+
+
+def depthwise(
+    shape: tuple[int, ...],  # N, C, OH, OW
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    element_size: int,
+    multiprocessors: int = DEFAULT_MULTIPROCESSORS,
+) -> DepthwiseConfig:
+    """One 16-byte vector a lane; strips as tall as registers allow, shorter where the device would idle."""
+    batch, channels, out_h, out_w = shape
+    block = channel_block(channels)
+    warps = 4
+    columns = max(1, warps * 32 * (VECTOR_BYTES // element_size) // block)
+    # live in a lane: rows of accumulators, input rows of one kernel column, kernel_h weights
+    most = 8 if kernel[0] <= 3 and stride[0] == 1 else (7 if stride[0] == 1 and kernel[0] <= 5 else 4)
+    rows = _rows(out_h, min(most, out_h))
+    while rows > 1:
+        programs = cdiv(batch * cdiv(out_h, rows) * out_w, columns) * cdiv(channels, block)
+        if programs >= 2 * multiprocessors:
+            break
+        rows = cdiv(rows, 2)
+    return DepthwiseConfig(warps=warps, stages=1, rows=rows, columns=columns, channels=block)
+
+
+def _gemm_width(n: int, k: int, element_size: int) -> int:
+    """Columns of a tile: a wasted column costs tensor-core time, a further tile reads A from L2 again."""
+
+    def cost(width: int) -> float:
+        tiles = cdiv(n, width)
+        compute = 2.0 * tiles * width * k / (MATMUL_TFLOP_S * 1e12)
+        traffic = element_size * (k * tiles / (L2_GB_S * 1e9) + (k + n) / (COPY_GB_S * 1e9))
+        return max(compute, traffic)
+
+    return min((256, 128, 64, 32, 16), key=lambda width: (cost(width), width))
+
+
+def gemm(
+    m: int, n: int, k: int, element_size: int, multiprocessors: int = DEFAULT_MULTIPROCESSORS, taps: int = 1
+) -> GemmConfig:
+    """The cheapest tile that still fills the device; reduction steps of 128 bytes, less where the reduction is short."""
+    if m <= 16:
+        # the weight is the traffic: as many programs as there are 16-column tiles read it side by side
+        return GemmConfig(warps=4, stages=4, block_m=16, block_n=16, block_k=256 // element_size, group_m=1)
+    block_k = max(16, min(128 // element_size, next_power_of_2(k)))
+    block_n = _gemm_width(n, k * taps, element_size)
+    block_m = 128
+    while block_m > 32 and cdiv(m, block_m) * cdiv(n, block_n) < multiprocessors:
+        block_m //= 2
+    while block_n > 32 and cdiv(m, block_m) * cdiv(n, block_n) < multiprocessors:
+        block_n //= 2
+    warps = 8 if block_m * block_n >= 128 * 128 else 4
+    return GemmConfig(warps=warps, stages=3, block_m=block_m, block_n=block_n, block_k=block_k)
+
+
+def depthwise_gemm(
+    shape: tuple[int, ...],  # N, C, OH, OW of the depthwise convolution
+    n: int,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    element_size: int,
+    multiprocessors: int = DEFAULT_MULTIPROCESSORS,
+) -> DepthwiseGemmConfig:
+    """All output channels in one tile up to 256, because each further tile computes the depthwise again."""
+    batch, _, out_h, out_w = shape
+    block_n = max(16, min(256, next_power_of_2(n)))
+    rows = 2 if out_h > 1 else 1
+    columns = 64
+    while columns > 16 and cdiv(batch * cdiv(out_h, rows) * out_w, columns) * cdiv(n, block_n) < multiprocessors:
+        columns //= 2
+    warps = 8 if columns * block_n >= 64 * 128 else 4
+    block_k = 32 // (element_size // 2)
+    return DepthwiseGemmConfig(
+        warps=warps, stages=1, rows=rows, columns=columns, block_n=block_n, block_k=max(16, block_k)
+    )
+
+
+def attention(
+    queries: int, keys: int, depth: int, batch: int, multiprocessors: int = DEFAULT_MULTIPROCESSORS
+) -> AttentionConfig:
+    """All keys in one block up to 256; several query tiles a program once every multiprocessor has work."""
+    block_keys = max(16, min(256, next_power_of_2(keys)))
+    block_queries = 64 if block_keys <= 128 else 32
+    tiles = 1
+    while tiles < 8 and batch * cdiv(queries, block_queries * tiles * 2) >= 2 * multiprocessors:
+        tiles *= 2
+    return AttentionConfig(warps=4, stages=1, queries=block_queries, tiles=tiles, keys=block_keys)
+
+
+def pool(channels: int, positions: int) -> PoolConfig:
+    """A few positions at a time, one image a program."""
+    return PoolConfig(
+        warps=4, stages=1, positions=min(32, max(4, next_power_of_2(positions))), channels=channel_block(channels)
+    )

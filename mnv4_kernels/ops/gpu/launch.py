@@ -1,0 +1,109 @@
+"""From tensors to a Triton launch: memory layout, specialisation, and the launch itself as a value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .config import Config
+
+#: Element offsets above this need 64-bit addressing.
+INT32_EXTENT = 2**31 - 1
+
+#: dtypes that the kernels compute in; float64 keeps the reference.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch that has not happened yet: run it here, or compile it for a device that is not here."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    config: Config
+    outputs: tuple[torch.Tensor, ...] = field(default=())
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Compiler options; fusion of multiply and add is asked for because Triton's default is changing."""
+        return {"num_warps": self.config.warps, "num_stages": self.config.stages, "enable_fp_fusion": True}
+
+    def run(self) -> None:
+        """Launches on the current stream of the arguments' device."""
+        device = self.arguments[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
+        else:
+            self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
+
+
+def nhwc(x: torch.Tensor) -> torch.Tensor:
+    """`x` [N, C, H, W] in dense channels_last memory; copies only where it is not."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def in_format(y: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+    """`y` [N, C, H, W] with just the strides that `torch.empty` gives it in `memory_format`.
+
+    With one channel or one pixel both formats are the same memory, and `contiguous` leaves the
+    strides of the other one, which a compiled graph refuses.
+    """
+    y = y.contiguous(memory_format=memory_format)
+    _, c, h, w = (max(size, 1) for size in y.shape)
+    strides = (c * h * w, 1, w * c, c) if memory_format == torch.channels_last else (c * h * w, h * w, w, 1)
+    return y if y.stride() == strides else y.as_strided(y.shape, strides)
+
+
+def tap_major(weight: torch.Tensor) -> torch.Tensor:
+    """Depthwise `weight` [C, 1, kh, kw] as a dense [kh, kw, C] tensor.
+
+    Free for a weight whose memory already is tap-major (see `store_tap_major`), a small copy otherwise.
+    """
+    return weight[:, 0].permute(1, 2, 0).contiguous()
+
+
+def store_tap_major(weight: torch.Tensor) -> torch.Tensor:
+    """The same depthwise `weight` [C, 1, kh, kw] in tap-major memory, so that no call copies it."""
+    return weight[:, 0].permute(1, 2, 0).contiguous().permute(2, 0, 1).unsqueeze(1)
+
+
+def channel_vector(*channels: int) -> int:
+    """Largest of 16, 8, 4, 2, 1 that divides all channel counts.
+
+    Triton proves a 16-byte access only from divisors that it can see: a kernel gets `channels / VEC`
+    as an argument and VEC as a constant, because its own specialisation stops at multiples of 16
+    and the models have 24, 40, 72 and 120 channels.
+    """
+    return next(vector for vector in (16, 8, 4, 2, 1) if all(count % vector == 0 for count in channels))
+
+
+def needs_int64(*tensors: torch.Tensor | None) -> bool:
+    """True where an element offset into any of the dense tensors can pass 2^31."""
+    return any(tensor is not None and tensor.numel() > INT32_EXTENT for tensor in tensors)
+
+
+def dot_precision(x: torch.Tensor) -> str:
+    """How a kernel multiplies matrices of `x`'s dtype.
+
+    float32 follows eager's convolutions: tf32 where cuDNN may use it, exact otherwise. On CPU tensors, in
+    Triton's interpreter, 16-bit operands are widened: it multiplies the bits of a bfloat16 as integers.
+    The products are exact either way.
+    """
+    if x.dtype == torch.float32:
+        return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+    return "widened" if x.device.type == "cpu" else "ieee"
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(value: int) -> int:
+    """The least power of two that is not below `value`."""
+    return 1 << max(value - 1, 0).bit_length()

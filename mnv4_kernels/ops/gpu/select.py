@@ -1,0 +1,84 @@
+"""The config of one launch: the tuned one of this device where there is one, else the heuristic's."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from ... import tuned
+from . import heuristics
+from .config import AnyConfig, AttentionConfig, DepthwiseConfig, DepthwiseGemmConfig, GemmConfig, PoolConfig
+
+
+@lru_cache(maxsize=16)
+def _device(device: torch.device) -> tuple[str | None, int]:
+    """(name, multiprocessors); a device that is not a GPU has no name and the default count."""
+    if device.type != "cuda":
+        return None, heuristics.DEFAULT_MULTIPROCESSORS
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name, properties.multi_processor_count
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The dtype's name in tuned files: bfloat16, float16, float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _tuned(kind: type[AnyConfig], device: torch.device, key: str) -> AnyConfig | None:
+    name, _ = _device(device)
+    config = tuned.lookup(name, key) if name is not None else None
+    return config if isinstance(config, kind) else None
+
+
+@lru_cache(maxsize=4096)
+def depthwise_config(
+    shape: tuple[int, ...],
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> DepthwiseConfig:
+    """Config of `dwconv_bn_act` with output `shape` [N, C, OH, OW]."""
+    key = f"dwconv_bn_act/{dtype_name(dtype)}/{'x'.join(map(str, shape))}/k{kernel[0]}s{stride[0]}"
+    found = _tuned(DepthwiseConfig, device, key)
+    return found or heuristics.depthwise(shape, kernel, stride, dtype.itemsize, _device(device)[1])
+
+
+@lru_cache(maxsize=4096)
+def gemm_config(op: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, taps: int = 1) -> GemmConfig:
+    """Config of an [m, k] x [k, n] product of `op`, with `taps` reductions of length k."""
+    found = _tuned(GemmConfig, device, f"{op}/{dtype_name(dtype)}/m{m}n{n}k{k}t{taps}")
+    return found or heuristics.gemm(m, n, k, dtype.itemsize, _device(device)[1], taps)
+
+
+@lru_cache(maxsize=4096)
+def depthwise_gemm_config(
+    op: str,
+    shape: tuple[int, ...],
+    n: int,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> DepthwiseGemmConfig:
+    """Config of a depthwise convolution with output `shape` [N, C, OH, OW] inside a GEMM with n outputs."""
+    key = f"{op}/{dtype_name(dtype)}/{'x'.join(map(str, shape))}/n{n}k{kernel[0]}s{stride[0]}"
+    found = _tuned(DepthwiseGemmConfig, device, key)
+    return found or heuristics.depthwise_gemm(shape, n, kernel, stride, dtype.itemsize, _device(device)[1])
+
+
+@lru_cache(maxsize=4096)
+def attention_config(
+    queries: int, keys: int, depth: int, batch: int, dtype: torch.dtype, device: torch.device
+) -> AttentionConfig:
+    """Config of `mqa` over `queries` rows (positions times heads) and `keys` keys of one image."""
+    found = _tuned(AttentionConfig, device, f"mqa/{dtype_name(dtype)}/b{batch}q{queries}p{keys}d{depth}")
+    return found or heuristics.attention(queries, keys, depth, batch, _device(device)[1])
+
+
+@lru_cache(maxsize=4096)
+def pool_config(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> PoolConfig:
+    """Config of the global average pool of `shape` [N, C, H, W]."""
+    found = _tuned(PoolConfig, device, f"pool/{dtype_name(dtype)}/{'x'.join(map(str, shape))}")
+    return found or heuristics.pool(shape[1], shape[2] * shape[3])

@@ -1,0 +1,72 @@
+"""Tuned launch configs: one JSON file a device, each with the provenance of its figures.
+
+A file is `<device name in lower case, spaces as underscores>.json`::
+
+    {"format": 1,
+     "provenance": {"device": "...", "command": "...", "commit": "...", "date": "...", "torch": "...",
+                    "triton": "...", "copy_gb_s": 0.0, "matmul_tflop_s": 0.0},
+     "configs": {"dwconv_bn_act/bfloat16/256x64x56x56/k3s1": {"kind": "DepthwiseConfig", ..., "us": 0.0}}}
+
+Files are written by `mnv4_kernels.ops.gpu.tune` on that device, never by hand, and nothing tunes at
+first use: a shape or a device without a row gets the heuristic's config.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ..ops.gpu.config import Config, from_json, to_json
+
+FORMAT = 1
+
+#: What each file must say about where its figures come from.
+PROVENANCE = ("device", "command", "commit", "date", "torch", "triton", "copy_gb_s", "matmul_tflop_s")
+
+
+def directory() -> Path:
+    """Where tuned files are read: `MNV4_KERNELS_TUNED`, or the package's own."""
+    return Path(os.environ.get("MNV4_KERNELS_TUNED") or Path(__file__).parent)
+
+
+def path_of(device_name: str) -> Path:
+    """The tuned file of a device."""
+    return directory() / f"{device_name.lower().replace(' ', '_')}.json"
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Config]]:
+    """(provenance, configs) of a tuned file; raises `ValueError` on one that is not whole."""
+    data = json.loads(path.read_text())
+    if data.get("format") != FORMAT:
+        raise ValueError(f"`format` of {path.name} must be {FORMAT}, got {data.get('format')!r}")
+    provenance = data.get("provenance", {})
+    missing = [name for name in PROVENANCE if not provenance.get(name)]
+    if missing:
+        raise ValueError(f"`provenance` of {path.name} must name {', '.join(missing)}")
+    configs = {
+        key: from_json({name: value for name, value in row.items() if name != "us"})
+        for key, row in data["configs"].items()
+    }
+    return provenance, configs
+
+
+def write(path: Path, provenance: dict[str, Any], configs: dict[str, tuple[Config, float]]) -> None:
+    """Writes a tuned file of {key: (config, median microseconds)}; raises `ValueError` on missing provenance."""
+    missing = [name for name in PROVENANCE if not provenance.get(name)]
+    if missing:
+        raise ValueError(f"`provenance` must name {', '.join(missing)}")
+    rows = {key: {**to_json(config), "us": round(us, 3)} for key, (config, us) in sorted(configs.items())}
+    path.write_text(json.dumps({"format": FORMAT, "provenance": provenance, "configs": rows}, indent=1) + "\n")
+
+
+@lru_cache(maxsize=8)
+def _configs(path: Path) -> dict[str, Config]:
+    return read(path)[1] if path.is_file() else {}
+
+
+def lookup(device_name: str, key: str) -> Config | None:
+    """The tuned config of `key` on a device, None where nobody has tuned it."""
+    return _configs(path_of(device_name)).get(key)

@@ -1,0 +1,26 @@
+"""Runs every Triton kernel on CPU tensors, in Triton's interpreter.
+
+The interpreter is chosen when Triton is first imported, so each file of `triton_interpreted` runs in a
+process of its own; their names don't match pytest's pattern, so that nothing else collects them.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+FILES = sorted((Path(__file__).parent / "triton_interpreted").glob("interpreted_*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem.removeprefix("interpreted_"))
+def test_kernel_matches_its_reference_in_the_interpreter(file: Path) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "--maxfail=3", "--tb=short", "-p", "no:cacheprovider", str(file)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
