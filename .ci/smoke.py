@@ -1,0 +1,49 @@
+"""Runs every op of an installed wheel in every tier against its reference; torch only, no timm."""
+
+from __future__ import annotations
+
+import torch
+
+from mnv4_kernels.backends import native
+from mnv4_kernels.environment import OPS
+from mnv4_kernels.ops._contract import REFERENCES
+from mnv4_kernels.testing.tiers import forced_tier, tiers
+
+
+def cases() -> dict[str, list[torch.Tensor | object]]:
+    """Arguments of each op's C++ implementation, small and odd."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 24, 13, 9)
+    per_channel = torch.rand(24) + 0.5
+    depthwise = torch.randn(24, 1, 3, 3)
+    geometry: list[object] = [[2, 2], [1, 1, 1, 1], [1, 1]]
+    return {
+        "dwconv_bn_act": [x, depthwise, per_channel, per_channel, *geometry, "relu"],
+        "pwconv_bn_act": [x, torch.randn(40, 24, 1, 1), None, torch.randn(40), "gelu", None, None],
+        "conv_bn_act": [x, torch.randn(40, 24, 3, 3), None, None, *geometry, "relu6", True],
+        "mqa": [torch.randn(2, 64, 5, 7), torch.randn(2, 12, 16), torch.randn(2, 12, 16), 4, 0.25],
+        "head": [x, torch.randn(48, 24, 1, 1), None, None, "relu", torch.randn(10, 48), torch.randn(10)],
+        "kv_downsample": [
+            x,
+            *(depthwise, per_channel, per_channel, torch.randn(16, 24, 1, 1)),
+            *(depthwise, per_channel, per_channel, torch.randn(16, 24, 1, 1)),
+            *geometry,
+        ],
+    }
+
+
+def main() -> None:
+    """Raises on the first difference."""
+    assert native.available(), native.reasons()
+    assert set(cases()) == set(OPS)
+    for tier in tiers():
+        with forced_tier(tier):
+            for name, arguments in cases().items():
+                assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mnv4_kernels::{name}", "CPU"), name
+                result = getattr(torch.ops.mnv4_kernels, name)(*arguments)
+                torch.testing.assert_close(result, REFERENCES[name](*arguments), rtol=1e-4, atol=1e-4)
+    print(f"torch {torch.__version__}: {len(OPS)} ops agree in {', '.join(tiers())}")
+
+
+if __name__ == "__main__":
+    main()
