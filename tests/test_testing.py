@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mnv4_kernels import testing
+from mnv4_kernels.ops._contract import REFERENCES
 from mnv4_kernels.testing import CASES, LAYOUTS, assert_within_budget, error_budget, lay_out, poisoned_memory
 
 
@@ -141,8 +142,6 @@ class TestLayouts:
 
 class TestCases:
     def test_every_op_with_a_reference_has_cases(self) -> None:
-        from mnv4_kernels.ops._contract import REFERENCES
-
         assert {case.op for case in CASES} == set(REFERENCES) - {"prepack"}
 
     def test_cases_have_names_of_their_own(self) -> None:
@@ -155,12 +154,19 @@ class TestCases:
         assert not torch.equal(contiguous[0], CASES[0].arguments(seed=4)[0])
 
     @pytest.mark.parametrize("case", CASES, ids=str)
-    def test_the_reference_is_within_its_own_budget_in_float16(self, case: testing.Case) -> None:
+    def test_the_baseline_is_within_its_own_budget_in_float16(self, case: testing.Case) -> None:
         arguments = case.arguments(torch.float16)
-        actual, exact = testing.reference(case.op, arguments), testing.exact(case.op, arguments)
-        for got, wanted in zip(_tuple(actual), _tuple(exact), strict=True):
+        for got, wanted in zip(testing.baseline(case.op, arguments), testing.exact(case.op, arguments), strict=True):
             assert wanted.dtype == torch.float64
             assert_within_budget(got, got, wanted)
+
+    def test_the_baseline_is_the_worse_of_both_memory_formats(self) -> None:
+        case = next(case for case in CASES if case.op == "pwconv_bn_act" and "c384" in case.label)
+        contiguous, nhwc = case.arguments(layout="contiguous"), case.arguments(layout="channels_last")
+        (wanted,) = testing.exact(case.op, contiguous)
+        (worse,) = testing.baseline(case.op, contiguous)
+        assert torch.equal(worse, testing.baseline(case.op, nhwc)[0])
+        assert (worse - wanted).abs().max() >= (REFERENCES[case.op](*nhwc) - wanted).abs().max()
 
 
 class TestPoison:
@@ -210,7 +216,3 @@ class TestTiers:
             testing.forced_tier("sse9"),
         ):
             pass
-
-
-def _tuple(value: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return value if isinstance(value, tuple) else (value,)

@@ -3,7 +3,7 @@
 from .budget import assert_within_budget, error_budget
 from .cases import CASES, Case
 from .layouts import LAYOUTS, lay_out
-from .oracle import exact, reference
+from .oracle import baseline, exact, outputs
 from .poison import poisoned_memory
 from .tiers import KNOWN_TIERS, forced_tier, tiers
 
@@ -13,11 +13,12 @@ __all__ = [
     "LAYOUTS",
     "Case",
     "assert_within_budget",
+    "baseline",
     "error_budget",
     "exact",
     "forced_tier",
     "lay_out",
+    "outputs",
     "poisoned_memory",
-    "reference",
     "tiers",
 ]
