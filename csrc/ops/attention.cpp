@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "kernels/attention/attention.h"
+#include "kernels/conv/conv.h"
 #include "kernels/dwconv/dwconv.h"
 #include "ops/common.h"
 
@@ -15,10 +16,10 @@ struct PathWeights {
   OptionalTensor project;
 };
 
-OptionalTensor take(const OptionalTensor& packed, int64_t* offset, const Tensor& weight) {
+OptionalTensor take(const OptionalTensor& packed, int64_t* offset, const Tensor& weight, Packing packing) {
   if (!packed) return std::nullopt;
   Tensor whole = *packed;
-  const int64_t size = packed_size(weight);
+  const int64_t size = packed_size(weight, packing);
   STD_TORCH_CHECK(*offset + size <= whole.numel(), "`packed` must hold the packed weights of key and value, got ",
                   shape_text(whole));
   Tensor part = torch::stable::narrow(whole, 0, *offset, size);
@@ -44,9 +45,9 @@ class KvPath {
     if (path.down) {
       MNV4_CHECK_SHAPE(path.down->dim() == 4 && path.down->size(0) == channels && path.down->size(1) == 1, *path.down,
                        "down", "have shape [C, 1, kh, kw] with C = ", channels, " for ", path.name);
-      down_.emplace(*path.down, path.scale, take(packed, offset, *path.down), Packing::kDepthwise);
+      down_.emplace(*path.down, path.scale, take(packed, offset, *path.down, Packing::kDepthwise), Packing::kDepthwise);
     }
-    project_.emplace(path.project, std::nullopt, take(packed, offset, path.project), Packing::kDense);
+    project_.emplace(path.project, std::nullopt, take(packed, offset, path.project, Packing::kDense), Packing::kDense);
     shift_.emplace(path.shift, channels, "shift");
     scale_.emplace(path.scale, channels, "scale");
     zeros_.assign(static_cast<size_t>(round_up(outputs_, kPanel)), 0.0f);
@@ -161,6 +162,7 @@ std::tuple<Tensor, Tensor> kv_downsample(Tensor x, OptionalTensor key_down, Opti
       args.segments = 1;
       args.segment_length = channels;
       args.b = paths[path]->project();
+      args.b_panel = conv_depth(channels, 1) * kPanel;
       args.bias = paths[path]->zeros();
       args.c = floats(results[path]);
       args.c_row = paths[path]->outputs();

@@ -249,34 +249,38 @@ std::vector<float> scaled_weight(const Tensor& weight, const OptionalTensor& sca
   return values;
 }
 
-int64_t packed_size(const Tensor& weight) {
-  return weight.size(0) == 0 ? 0 : round_up(weight.size(0), kPanel) * (weight.numel() / weight.size(0));
+int64_t packed_size(const Tensor& weight, Packing packing) {
+  if (weight.numel() == 0) return 0;
+  const int64_t taps = weight.dim() == 4 ? weight.size(2) * weight.size(3) : 1;
+  const int64_t depth = packing == Packing::kDepthwise ? taps : conv_depth(weight.size(1), taps);
+  return round_up(weight.size(0), kPanel) * depth;
 }
 
-void pack_into(const float* weight, int64_t out_channels, int64_t channels, int64_t taps, Packing packing,
-               float* packed) {
+void pack_into(const float* values, const Tensor& weight, Packing packing, float* packed) {
+  const int kernel_h = weight.dim() == 4 ? static_cast<int>(weight.size(2)) : 1;
+  const int kernel_w = weight.dim() == 4 ? static_cast<int>(weight.size(3)) : 1;
   if (packing == Packing::kDepthwise) {
-    pack_panels(weight, out_channels, taps, taps, 1, packed);
+    const int64_t taps = static_cast<int64_t>(kernel_h) * kernel_w;
+    pack_panels(values, weight.size(0), taps, taps, 1, packed);
   } else {
-    pack_conv(weight, out_channels, channels, taps, packed);
+    pack_conv(values, weight.size(0), weight.size(1), kernel_h, kernel_w, packed);
   }
 }
 
 Packed::Packed(const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& packed, Packing packing) {
   if (packed) {
     const bool fits = storage_of(*packed, "packed") == Storage::kFloat32 && packed->is_contiguous() &&
-                      packed->numel() == packed_size(weight);
+                      packed->numel() == packed_size(weight, packing);
     STD_TORCH_CHECK(fits, "`packed` must be what mnv4_kernels::prepack gives for a weight of shape ",
-                    shape_text(weight), ": ", packed_size(weight), " contiguous float32 values, got ",
+                    shape_text(weight), ": ", packed_size(weight, packing), " contiguous float32 values, got ",
                     shape_text(*packed));
     given_ = packed;
     data_ = static_cast<const float*>(packed->const_data_ptr());
     return;
   }
-  own_.resize(static_cast<size_t>(packed_size(weight)));
+  own_.resize(static_cast<size_t>(packed_size(weight, packing)));
   const std::vector<float> values = scaled_weight(weight, scale, "weight");
-  const int64_t taps = weight.dim() == 4 ? weight.size(2) * weight.size(3) : 1;
-  pack_into(values.data(), weight.size(0), weight.size(1), taps, packing, own_.data());
+  pack_into(values.data(), weight, packing, own_.data());
   data_ = own_.data();
 }
 

@@ -101,11 +101,12 @@ class Vector {
 // weight * scale in float32, contiguous; scale runs over the first dimension.
 std::vector<float> scaled_weight(const Tensor& weight, const OptionalTensor& scale, const char* name);
 
-// Floats that prepack() gives for `weight`.
-int64_t packed_size(const Tensor& weight);
-
 // Packed weights for an op: the caller's, checked, or packed now from weight and scale.
 enum class Packing { kDepthwise, kDense };
+
+// Floats that prepack() gives for `weight`.
+int64_t packed_size(const Tensor& weight, Packing packing);
+
 class Packed {
  public:
   Packed(const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& packed, Packing packing);
@@ -117,8 +118,8 @@ class Packed {
   const float* data_;
 };
 
-void pack_into(const float* weight, int64_t out_channels, int64_t channels, int64_t taps, Packing packing,
-               float* packed);
+// Packs contiguous values of a weight shaped like `weight`.
+void pack_into(const float* values, const Tensor& weight, Packing packing, float* packed);
 
 // Output size, and the checks of a convolution's arguments.
 struct Geometry {

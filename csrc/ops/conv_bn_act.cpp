@@ -40,6 +40,7 @@ Tensor conv_bn_act(Tensor x, Tensor weight, OptionalTensor scale, OptionalTensor
   const Image in = source(x, &args.x_channel);
   Result out(x, in.batch, outputs, g.out_height, g.out_width, channels_last || is_channels_last(x));
 
+  args.x_block = kPanel;
   args.x_row = in.row;
   args.x_pixel = in.pixel;
   args.channels = channels;
@@ -49,6 +50,7 @@ Tensor conv_bn_act(Tensor x, Tensor weight, OptionalTensor scale, OptionalTensor
   args.bias = bias.data();
   args.y_pixel = outputs;
   args.y_row = outputs * g.out_width;
+  args.y_panel = kPanel;
   args.out_channels = outputs;
   args.out_height = g.out_height;
   args.out_width = g.out_width;

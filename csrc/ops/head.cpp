@@ -1,6 +1,7 @@
 // mnv4_kernels::head on the CPU.
 #include <algorithm>
 
+#include "kernels/conv/conv.h"
 #include "ops/common.h"
 
 namespace mnv4::ops {
@@ -17,6 +18,7 @@ void product(const float* a, int64_t rows, int64_t k, const Packed& panels, cons
   args.segments = 1;
   args.segment_length = k;
   args.b = panels.data();
+  args.b_panel = conv_depth(k, 1) * kPanel;
   args.bias = bias.data();
   args.c = y;
   args.c_row = n;

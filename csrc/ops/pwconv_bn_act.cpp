@@ -1,4 +1,5 @@
 // mnv4_kernels::pwconv_bn_act on the CPU.
+#include "kernels/conv/conv.h"
 #include "ops/common.h"
 
 namespace mnv4::ops {
@@ -35,6 +36,7 @@ Tensor pwconv_bn_act(Tensor x, Tensor weight, OptionalTensor scale, OptionalTens
   args.segments = 1;
   args.segment_length = channels;
   args.b = panels.data();
+  args.b_panel = conv_depth(channels, 1) * kPanel;
   args.bias = bias.data();
   args.gamma = layer_scale ? layer_scale->data() : nullptr;
   args.residual = skip ? skip->data : nullptr;
@@ -65,11 +67,9 @@ Tensor pwconv_bn_act(Tensor x, Tensor weight, OptionalTensor scale, OptionalTens
 Tensor prepack(Tensor weight, bool depthwise) {
   MNV4_CHECK_SHAPE(weight.dim() == 4 || weight.dim() == 2, weight, "weight",
                    "have shape [K, C, kh, kw], [C, 1, kh, kw] or [K, C]");
-  Tensor packed = scratch(packed_size(weight));
-  const std::vector<float> values = scaled_weight(weight, std::nullopt, "weight");
-  const int64_t taps = weight.dim() == 4 ? weight.size(2) * weight.size(3) : 1;
-  pack_into(values.data(), weight.size(0), weight.size(1), taps, depthwise ? Packing::kDepthwise : Packing::kDense,
-            floats(packed));
+  const Packing packing = depthwise ? Packing::kDepthwise : Packing::kDense;
+  Tensor packed = scratch(packed_size(weight, packing));
+  pack_into(scaled_weight(weight, std::nullopt, "weight").data(), weight, packing, floats(packed));
   return packed;
 }
 

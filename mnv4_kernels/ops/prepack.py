@@ -10,14 +10,18 @@ from ._contract import define
 PANEL = 16
 
 
-def _size(weight: torch.Tensor) -> int:
+def _size(weight: torch.Tensor, depthwise: bool) -> int:
     channels = -(-weight.shape[0] // PANEL) * PANEL
-    return channels * (weight.numel() // max(weight.shape[0], 1))
+    inputs = weight.shape[1]
+    if not depthwise and inputs >= PANEL:
+        inputs = -(-inputs // PANEL) * PANEL
+    taps = weight.shape[2] * weight.shape[3] if weight.dim() == 4 else 1
+    return channels * inputs * taps
 
 
 def fake(weight: torch.Tensor, depthwise: bool) -> torch.Tensor:
-    """[ceil(K / 16) * 16 * C * kh * kw], float32."""
-    return torch.empty(_size(weight), dtype=torch.float32, device=weight.device)
+    """1-D float32: output channels, and a dense kernel's input channels from 16 on, in whole panels."""
+    return torch.empty(_size(weight, depthwise), dtype=torch.float32, device=weight.device)
 
 
 def reference(weight: torch.Tensor, depthwise: bool) -> torch.Tensor:

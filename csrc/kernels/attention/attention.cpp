@@ -27,6 +27,7 @@ void attention(const GemmKernel& kernel, const AttentionArgs& a, int64_t row_beg
   scores.segments = 1;
   scores.segment_length = a.key_dim;
   scores.b = a.key;
+  scores.b_panel = a.key_dim * kPanel;
   scores.bias = a.zeros;
   scores.c = scratch;
   scores.c_row = score_row(a.positions);
@@ -39,6 +40,7 @@ void attention(const GemmKernel& kernel, const AttentionArgs& a, int64_t row_beg
   mix.a_row = scores.c_row;
   mix.segment_length = a.positions;
   mix.b = a.value;
+  mix.b_panel = a.positions * kPanel;
   mix.c_row = a.value_dim;
   mix.n = a.value_dim;
 

@@ -6,11 +6,14 @@
 namespace mnv4 {
 namespace {
 
-// How the ring of padded rows is laid out.
+// How the ring of padded rows is laid out: [slot][plane][width][plane_channels].
 struct Ring {
   bool planar;
-  int64_t slots;     // input rows that one output row spans
-  int64_t width;     // padded pixels of a row
+  int64_t slots;  // input rows that one output row spans
+  int64_t width;  // padded pixels of a row
+  int64_t planes;
+  int64_t plane_channels;
+  int64_t plane;     // floats of a plane's row
   int64_t slot;      // floats of a row
   int64_t segments;  // runs of consecutive K
   int64_t length;
@@ -20,17 +23,19 @@ struct Ring {
     slots = static_cast<int64_t>(a.kernel_h - 1) * a.dilation_h + 1;
     const int64_t reach = (a.out_width - 1) * a.stride_w + static_cast<int64_t>(a.kernel_w - 1) * a.dilation_w + 1;
     width = std::max(reach, a.pad_left + a.width);
+    planes = planar ? a.channels : div_up(a.channels, kPanel);
+    plane_channels = planar ? 1 : kPanel;
+    plane = width * plane_channels;
     // one panel more than the row: rows whose pitch is a power of two would share L1 sets
-    slot = round_up(width * a.channels, kPanel) + kPanel;
-    const bool dilated = a.dilation_w != 1;
-    const int64_t taps_apart = dilated ? a.kernel_w : 1;
-    if (planar) {
-      segments = a.channels * a.kernel_h * taps_apart;
-      length = dilated ? 1 : a.kernel_w;
-    } else {
-      segments = a.kernel_h * taps_apart;
-      length = dilated ? a.channels : a.kernel_w * a.channels;
-    }
+    slot = round_up(planes * plane, kPanel) + kPanel;
+    const int64_t taps_apart = a.dilation_w != 1 ? a.kernel_w : 1;
+    segments = planes * a.kernel_h * taps_apart;
+    length = plane_channels * a.kernel_w / taps_apart;
+  }
+
+  int64_t slot_of(int64_t row) const {
+    const int64_t index = row % slots;
+    return (index < 0 ? index + slots : index) * slot;
   }
 };
 
@@ -38,40 +43,43 @@ void fill_row(const ConvArgs& a, const Ring& ring, int64_t iy, float* row) {
   std::memset(row, 0, static_cast<size_t>(ring.slot) * sizeof *row);
   if (iy < 0 || iy >= a.height) return;
   const float* x = a.x + iy * a.x_row;
-  if (ring.planar) {
-    for (int64_t c = 0; c < a.channels; ++c) {
-      float* out = row + c * ring.width + a.pad_left;
-      const float* in = x + c * a.x_channel;
+  for (int64_t p = 0; p < ring.planes; ++p) {
+    float* out = row + p * ring.plane + a.pad_left * ring.plane_channels;
+    if (ring.planar) {
+      const float* in = x + p * a.x_channel;
       if (a.x_pixel == 1) {
         std::memcpy(out, in, static_cast<size_t>(a.width) * sizeof *out);
       } else {
         for (int64_t i = 0; i < a.width; ++i) out[i] = in[i * a.x_pixel];
       }
+      continue;
     }
-    return;
-  }
-  float* out = row + a.pad_left * a.channels;
-  if (a.x_pixel == a.channels) {
-    std::memcpy(out, x, static_cast<size_t>(a.width * a.channels) * sizeof *out);
-  } else {
-    for (int64_t i = 0; i < a.width; ++i) {
-      std::memcpy(out + i * a.channels, x + i * a.x_pixel, static_cast<size_t>(a.channels) * sizeof *out);
+    const float* in = x + p * a.x_block;
+    const int64_t channels = std::min<int64_t>(kPanel, a.channels - p * kPanel);
+    if (a.x_pixel == kPanel) {
+      // planes are padded to whole blocks already
+      std::memcpy(out, in, static_cast<size_t>(a.width * kPanel) * sizeof *out);
+    } else {
+      for (int64_t i = 0; i < a.width; ++i) {
+        std::memcpy(out + i * kPanel, in + i * a.x_pixel, static_cast<size_t>(channels) * sizeof *out);
+      }
     }
   }
 }
 
 void fill_segments(const ConvArgs& a, const Ring& ring, int64_t iy, ptrdiff_t* segment) {
   const int taps = a.dilation_w != 1 ? a.kernel_w : 1;
-  const auto slot_of = [&](int64_t row) {
-    const int64_t index = row % ring.slots;
-    return (index < 0 ? index + ring.slots : index) * ring.slot;
+  const ptrdiff_t step = static_cast<ptrdiff_t>(a.dilation_w) * ring.plane_channels;
+  const auto start = [&](int ky, int64_t p) {
+    return ring.slot_of(iy + static_cast<int64_t>(ky) * a.dilation_h) + p * ring.plane;
   };
-  const ptrdiff_t step = static_cast<ptrdiff_t>(a.dilation_w) * (ring.planar ? 1 : a.channels);
-  const int64_t planes = ring.planar ? a.channels : 1;
-  for (int64_t c = 0; c < planes; ++c) {
-    for (int ky = 0; ky < a.kernel_h; ++ky) {
-      const int64_t start = slot_of(iy + static_cast<int64_t>(ky) * a.dilation_h) + c * ring.width;
-      for (int kx = 0; kx < taps; ++kx) *segment++ = start + kx * step;
+  // planar weights are in OIHW's own order, channels outermost
+  const int64_t outer = ring.planar ? ring.planes : a.kernel_h;
+  const int64_t inner = ring.planar ? a.kernel_h : ring.planes;
+  for (int64_t i = 0; i < outer; ++i) {
+    for (int64_t j = 0; j < inner; ++j) {
+      const int64_t first = ring.planar ? start(static_cast<int>(j), i) : start(static_cast<int>(i), j);
+      for (int kx = 0; kx < taps; ++kx) *segment++ = first + kx * step;
     }
   }
 }
@@ -94,14 +102,15 @@ void conv(const GemmKernel& kernel, const ConvArgs& a, int64_t row_begin, int64_
 
   GemmArgs product{};
   product.a = scratch;
-  product.a_row = static_cast<ptrdiff_t>(a.stride_w) * (ring.planar ? 1 : a.channels);
+  product.a_row = static_cast<ptrdiff_t>(a.stride_w) * ring.plane_channels;
   product.segment = segment;
   product.segments = ring.segments;
   product.segment_length = ring.length;
   product.b = a.weight;
+  product.b_panel = conv_depth(a.channels, a.kernel_h * a.kernel_w) * kPanel;
   product.bias = a.bias;
   product.c_row = a.y_pixel;
-  product.c_panel = kPanel;
+  product.c_panel = a.y_panel;
   product.n = a.out_channels;
   product.act = a.act;
 
@@ -111,8 +120,7 @@ void conv(const GemmKernel& kernel, const ConvArgs& a, int64_t row_begin, int64_
     const int64_t first = oy * a.stride_h - a.pad_top;
     filled = std::max(filled, first);
     for (; filled < first + ring.slots; ++filled) {
-      const int64_t index = filled % ring.slots;
-      fill_row(a, ring, filled, scratch + (index < 0 ? index + ring.slots : index) * ring.slot);
+      fill_row(a, ring, filled, scratch + ring.slot_of(filled));
     }
     fill_segments(a, ring, first, segment);
     product.c = a.y + oy * a.y_row;
@@ -120,14 +128,23 @@ void conv(const GemmKernel& kernel, const ConvArgs& a, int64_t row_begin, int64_
   }
 }
 
-void pack_conv(const float* weight, int64_t out_channels, int64_t channels, int64_t taps, float* packed) {
+void pack_conv(const float* weight, int64_t out_channels, int64_t channels, int kernel_h, int kernel_w, float* packed) {
+  const int64_t taps = static_cast<int64_t>(kernel_h) * kernel_w;
   const int64_t k = channels * taps;
   if (conv_is_planar(channels)) return pack_panels(weight, out_channels, k, k, 1, packed);
-  for (int64_t first = 0; first < out_channels; first += kPanel) {
-    const int64_t columns = std::min<int64_t>(kPanel, out_channels - first);
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      pack_panels(weight + first * k + tap, columns, channels, k, taps, packed);
-      packed += channels * kPanel;
+  const int64_t panels = div_up(out_channels, kPanel);
+  std::fill_n(packed, panels * conv_depth(channels, taps) * kPanel, 0.0f);
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    const int64_t columns = std::min<int64_t>(kPanel, out_channels - panel * kPanel);
+    for (int64_t ky = 0; ky < kernel_h; ++ky) {
+      for (int64_t block = 0; block < div_up(channels, kPanel); ++block) {
+        const int64_t depth = std::min<int64_t>(kPanel, channels - block * kPanel);
+        for (int64_t kx = 0; kx < kernel_w; ++kx) {
+          const float* from = weight + panel * kPanel * k + block * kPanel * taps + ky * kernel_w + kx;
+          pack_panels(from, columns, depth, k, taps, packed);
+          packed += kPanel * kPanel;
+        }
+      }
     }
   }
 }

@@ -11,20 +11,22 @@
 
 namespace mnv4 {
 
-// Strides are in elements.
+// Strides are in elements. NHWC and planes of 16 channels differ only in x_block and x_pixel, y_panel and y_pixel.
 struct ConvArgs {
   const float* x;
-  ptrdiff_t x_channel;
+  ptrdiff_t x_channel;  // planar input
+  ptrdiff_t x_block;    // else: from 16 channels to the next 16
   ptrdiff_t x_row;
   ptrdiff_t x_pixel;
   int64_t channels;
   int64_t height;
   int64_t width;
-  const float* weight;  // packed [ceil(K / 16)][kh * kw * C][16], in conv_is_planar's order
+  const float* weight;  // packed [ceil(K / 16)][conv_depth][16] by pack_conv
   const float* bias;    // [ceil(K / 16) * 16]
-  float* y;             // [Ho][Wo][K]
+  float* y;
   ptrdiff_t y_row;
   ptrdiff_t y_pixel;
+  ptrdiff_t y_panel;
   int64_t out_channels;
   int64_t out_height;
   int64_t out_width;
@@ -40,8 +42,13 @@ struct ConvArgs {
 };
 
 // Few input channels (an image): rows are kept channel by channel and the reduction runs over (c, ky, kx); otherwise
-// pixel by pixel, over (ky, kx, c).
+// in blocks of 16 channels, over (ky, block, kx, c), the last block padded with zeros.
 inline constexpr bool conv_is_planar(int64_t channels) { return channels < kPanel; }
+
+// Length of the packed reduction.
+inline constexpr int64_t conv_depth(int64_t channels, int64_t taps) {
+  return (conv_is_planar(channels) ? channels : round_up(channels, kPanel)) * taps;
+}
 
 // Floats of scratch that one worker needs.
 int64_t conv_scratch(const ConvArgs& args);
@@ -49,7 +56,7 @@ int64_t conv_scratch(const ConvArgs& args);
 // Output rows [row_begin, row_end), all output channels.
 void conv(const GemmKernel& kernel, const ConvArgs& args, int64_t row_begin, int64_t row_end, float* scratch);
 
-// OIHW weights in conv_is_planar's order.
-void pack_conv(const float* weight, int64_t out_channels, int64_t channels, int64_t taps, float* packed);
+// OIHW weights to [ceil(K / 16)][conv_depth][16].
+void pack_conv(const float* weight, int64_t out_channels, int64_t channels, int kernel_h, int kernel_w, float* packed);
 
 }  // namespace mnv4

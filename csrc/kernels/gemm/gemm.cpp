@@ -59,7 +59,7 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
   tile.segment = args.segment;
   tile.segments = args.segments;
   tile.segment_length = args.segment_length;
-  tile.b_panel = k * kPanel;
+  tile.b_panel = args.b_panel;
   tile.residual_row = args.residual_row;
   tile.c_row = args.c_row;
   tile.act = args.act;
@@ -76,7 +76,7 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
     const int64_t panels = wide && panel_end - panel >= kernel.wide_panels ? kernel.wide_panels : 1;
     const bool is_last = panel + panels - 1 == last_panel;
     tile.columns = is_last ? static_cast<int>(args.n - last_panel * kPanel) : kPanel;
-    tile.b = args.b + panel * k * kPanel;
+    tile.b = args.b + panel * args.b_panel;
     tile.bias = args.bias + panel * kPanel;
     tile.gamma = args.gamma ? args.gamma + panel * kPanel : nullptr;
     for (int64_t t = 0; t < tiles; ++t) {

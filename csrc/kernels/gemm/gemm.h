@@ -58,7 +58,8 @@ struct GemmArgs {
   const ptrdiff_t* segment;
   int64_t segments;
   int64_t segment_length;
-  const float* b;         // packed [ceil(n / kPanel)][K][kPanel]
+  const float* b;         // packed [ceil(n / kPanel)][at least K][kPanel]
+  ptrdiff_t b_panel;      // from a packed panel to the next
   const float* bias;      // [ceil(n / kPanel) * kPanel]
   const float* gamma;     // the same, or null
   const float* residual;  // or null
