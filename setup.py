@@ -207,4 +207,6 @@ def extensions() -> list[Extension]:
     return [Extension("mnv4_kernels._C", sources, depends=[file for file in files if file not in sources])]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuild})
+# guarded, so that a test can read the flag table
+if __name__ == "__main__":
+    setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuild})
