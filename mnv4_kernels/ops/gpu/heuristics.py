@@ -9,8 +9,9 @@ from __future__ import annotations
 from .config import AttentionConfig, DepthwiseConfig, DepthwiseGemmConfig, GemmConfig, PoolConfig
 from .launch import cdiv, next_power_of_2
 
-#: Multiprocessors of the device that is assumed where none can be asked.
+#: Multiprocessors and compute capability of the device that is assumed where none can be asked.
 DEFAULT_MULTIPROCESSORS = 132
+DEFAULT_CAPABILITY = 90
 
 #: Ceilings of one H100 that weigh a tile's costs against each other: bf16 product and copy as measured by the
 #: project, L2 bandwidth as published microbenchmarks have it.
@@ -74,13 +75,14 @@ def _gemm_width(n: int, k: int, element_size: int) -> int:
 def gemm(
     m: int, n: int, k: int, element_size: int, multiprocessors: int = DEFAULT_MULTIPROCESSORS, taps: int = 1
 ) -> GemmConfig:
-    """The cheapest tile that still fills the device; reduction steps of 128 bytes, less where the reduction is short."""
+    """The cheapest tile that still fills the device; reduction steps of 128 bytes, less where k is short."""
     if m <= 16:
         # the weight is the traffic: as many programs as there are 16-column tiles read it side by side
         return GemmConfig(warps=4, stages=4, block_m=16, block_n=16, block_k=256 // element_size, group_m=1)
     block_k = max(16, min(128 // element_size, next_power_of_2(k)))
     block_n = _gemm_width(n, k * taps, element_size)
-    block_m = 128
+    # 128 x 256 spills on sm_90 once a residual is added in the epilogue
+    block_m = min(128, 128 * 128 // block_n)
     while block_m > 32 and cdiv(m, block_m) * cdiv(n, block_n) < multiprocessors:
         block_m //= 2
     while block_n > 32 and cdiv(m, block_m) * cdiv(n, block_n) < multiprocessors:
@@ -92,22 +94,25 @@ def gemm(
 def depthwise_gemm(
     shape: tuple[int, ...],  # N, C, OH, OW of the depthwise convolution
     n: int,
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
     element_size: int,
     multiprocessors: int = DEFAULT_MULTIPROCESSORS,
+    capability: int = DEFAULT_CAPABILITY,
 ) -> DepthwiseGemmConfig:
-    """All output channels in one tile up to 256, because each further tile computes the depthwise again."""
+    """All output channels in one tile where registers allow, because each further tile computes the depthwise again.
+
+    Two rows halve the loads of the depthwise. Beside 256 columns of accumulators there is room for one
+    row only, and on sm_80 not even for that: there 128 columns and two rows spill nothing.
+    """
     batch, _, out_h, out_w = shape
-    block_n = max(16, min(256, next_power_of_2(n)))
-    rows = 2 if out_h > 1 else 1
+    wide = n > 128 and capability >= 90
+    block_n = 256 if wide else max(16, min(128, next_power_of_2(n)))
+    rows = 1 if wide or out_h == 1 else 2
     columns = 64
     while columns > 16 and cdiv(batch * cdiv(out_h, rows) * out_w, columns) * cdiv(n, block_n) < multiprocessors:
         columns //= 2
-    warps = 8 if columns * block_n >= 64 * 128 else 4
-    block_k = 32 // (element_size // 2)
+    warps = 8 if block_n >= 128 else 4
     return DepthwiseGemmConfig(
-        warps=warps, stages=1, rows=rows, columns=columns, block_n=block_n, block_k=max(16, block_k)
+        warps=warps, stages=1, rows=rows, columns=columns, block_n=block_n, block_k=64 // element_size
     )
 
 

@@ -12,12 +12,12 @@ from .config import AnyConfig, AttentionConfig, DepthwiseConfig, DepthwiseGemmCo
 
 
 @lru_cache(maxsize=16)
-def _device(device: torch.device) -> tuple[str | None, int]:
-    """(name, multiprocessors); a device that is not a GPU has no name and the default count."""
+def _device(device: torch.device) -> tuple[str | None, int, int]:
+    """(name, multiprocessors, capability); a device that is not a GPU has no name and the defaults."""
     if device.type != "cuda":
-        return None, heuristics.DEFAULT_MULTIPROCESSORS
+        return None, heuristics.DEFAULT_MULTIPROCESSORS, heuristics.DEFAULT_CAPABILITY
     properties = torch.cuda.get_device_properties(device)
-    return properties.name, properties.multi_processor_count
+    return properties.name, properties.multi_processor_count, 10 * properties.major + properties.minor
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -26,7 +26,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _tuned(kind: type[AnyConfig], device: torch.device, key: str) -> AnyConfig | None:
-    name, _ = _device(device)
+    name = _device(device)[0]
     config = tuned.lookup(name, key) if name is not None else None
     return config if isinstance(config, kind) else None
 
@@ -65,7 +65,7 @@ def depthwise_gemm_config(
     """Config of a depthwise convolution with output `shape` [N, C, OH, OW] inside a GEMM with n outputs."""
     key = f"{op}/{dtype_name(dtype)}/{'x'.join(map(str, shape))}/n{n}k{kernel[0]}s{stride[0]}"
     found = _tuned(DepthwiseGemmConfig, device, key)
-    return found or heuristics.depthwise_gemm(shape, n, kernel, stride, dtype.itemsize, _device(device)[1])
+    return found or heuristics.depthwise_gemm(shape, n, dtype.itemsize, *_device(device)[1:])
 
 
 @lru_cache(maxsize=4096)
