@@ -1,0 +1,28 @@
+"""Drop-in forwards: what timm's blocks compute, through the fused ops. Knows nn.Module, not timm."""
+
+from .attention import MobileAttentionForward, MultiQueryAttention2dForward
+from .blocks import ConvBnActForward, ConvNormActForward, EdgeResidualForward, UniversalInvertedResidualForward
+from .dropin import PLANS, DropIn, refresh
+from .network import HEAD, PRE_LOGITS, STEM, MobileNetV3FeaturesForward, MobileNetV3Forward
+from .plan import Body, Plan
+from .steps import Own
+
+__all__ = [
+    "HEAD",
+    "PLANS",
+    "PRE_LOGITS",
+    "STEM",
+    "Body",
+    "ConvBnActForward",
+    "ConvNormActForward",
+    "DropIn",
+    "EdgeResidualForward",
+    "MobileAttentionForward",
+    "MobileNetV3FeaturesForward",
+    "MobileNetV3Forward",
+    "MultiQueryAttention2dForward",
+    "Own",
+    "Plan",
+    "UniversalInvertedResidualForward",
+    "refresh",
+]

@@ -1,0 +1,122 @@
+"""What every drop-in is: timm's class with a forward that takes the fused path where it may.
+
+A drop-in class is `class FusedX(XForward, timm's X)`. `super().forward` is timm's own
+path, which also runs the drop-ins among its submodules; so whatever keeps a block from
+running as a whole still leaves its pieces their kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .plan import Body, Plan
+
+#: The plans' place in a drop-in's `__dict__`; not a buffer, so that no state_dict shows it.
+PLANS = "_mnv4_plans"
+
+TRAINING = "train mode: timm's own path, training kernels don't exist yet"
+COMPILING = "torch.compile and torch.export trace timm's own path"
+TRACING = "torch.jit traces timm's own path"
+TRANSFORMED = "inside a torch.func transform or forward-mode AD"
+AUTOCAST = "under autocast, whose rounding timm's own path keeps"
+
+
+class DropIn(nn.Module):
+    """Mixin of all drop-ins: plans that are made at need, dropped by copies, and watched."""
+
+    #: the forward that the patch replaced; `unpatch` gives it back
+    _mnv4_base: type[nn.Module]
+
+    def _mnv4_body(self, key: str) -> Body:
+        """What the piece `key` of this module computes."""
+        raise NotImplementedError
+
+    def _mnv4_plan(self, key: str = "") -> Plan:
+        """The current plan of a piece, made anew if anything behind it changed."""
+        plans = self.__dict__.get(PLANS)
+        if plans is None:
+            plans = self.__dict__[PLANS] = {}
+        plan = plans.get(key)
+        if plan is None or not plan.watch.unchanged():
+            plan = plans[key] = Plan(self._mnv4_body(key))
+        return plan
+
+    def _mnv4_obstacle(self, x: Any) -> str:
+        """Why the module takes timm's own path for the input `x` whatever its parameters are; empty: it need not."""
+        if torch.compiler.is_compiling():
+            return COMPILING
+        if self.training:
+            return TRAINING
+        if type(x) is not torch.Tensor or x.dim() != 4 or not x.is_cpu:
+            return _input_obstacle(x)
+        if torch._C._get_tracing_state() is not None:
+            return TRACING
+        if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+            return TRANSFORMED
+        if torch.is_autocast_enabled("cpu"):
+            return AUTOCAST
+        return ""
+
+    def _mnv4_decide(self, x: Any, key: str = "") -> tuple[Plan | None, str]:
+        """(the plan that runs the piece `key` on `x`, "") or (the plan or None, why timm's own path runs)."""
+        obstacle = self._mnv4_obstacle(x)
+        if obstacle:
+            return None, obstacle
+        plan = self._mnv4_plan(key)
+        obstacle = plan.obstacle or plan.switches.obstacle() or plan.watch.obstacle()
+        if not obstacle and plan.dtype is not x.dtype:
+            obstacle = f"the input is {_name(x.dtype)}, the parameters are {_name(plan.dtype)}"
+        if not obstacle and torch.is_grad_enabled() and (x.requires_grad or plan.watch.wants_grad()):
+            obstacle = plan.grad_obstacle()
+        return plan, obstacle
+
+    def _mnv4_run(self, x: torch.Tensor, key: str = "") -> torch.Tensor | None:
+        """The piece `key` on `x` [N, C, H, W] by its plan; None where timm's own path must run."""
+        plan, obstacle = self._mnv4_decide(x, key)
+        if plan is None or obstacle:
+            return None
+        if torch.is_grad_enabled() and (x.requires_grad or plan.watch.wants_grad()):
+            return plan.run_differentiably(x)
+        return plan.run(x)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles carry no plans: they hold folded weights of this very instance."""
+        return {name: value for name, value in self.__dict__.items() if name != PLANS}
+
+
+class BlockForward(DropIn):
+    """A drop-in that is one piece as a whole."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, C, H, W] -> [N, K, H', W'], in `x`'s memory format."""
+        y = self._mnv4_run(x)
+        return super().forward(x) if y is None else y
+
+
+def refresh(model: nn.Module) -> None:
+    """Forgets what was folded of `model`'s parameters; the next call reads them anew.
+
+    Needed only after edits that leave no trace in a tensor: in place through `.data`, a
+    numpy view or another process's memory.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        vars(module).pop(PLANS, None)
+
+
+def _input_obstacle(x: Any) -> str:
+    if not isinstance(x, torch.Tensor):
+        return f"the input is a {type(x).__name__}"
+    if type(x) is not torch.Tensor and type(x) is not nn.Parameter:
+        return f"the input is a {type(x).__name__}, not a plain tensor"
+    if x.dim() != 4:
+        return f"the input has {x.dim()} dimensions"
+    return "" if x.is_cpu else f"the input is on {x.device}; the fused ops run on cpu"
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")

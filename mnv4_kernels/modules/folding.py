@@ -1,0 +1,82 @@
+"""BatchNorm as scale and shift, and both folded into weights: in float64, rounded once to float32."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..backends import native
+
+
+def affine_of(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """An eval-mode BatchNorm as float64 (scale [C], shift [C]): y = x * scale + shift."""
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = torch.rsqrt(norm.running_var.double() + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -norm.running_mean.double() * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    return scale, shift
+
+
+def epilogue_of(
+    conv: nn.Conv2d, norm: nn.Module | None, gamma: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What follows `conv` as float64 (scale [K] or None, shift [K] or None): bias, `norm`, layer scale `gamma` [K]."""
+    scale = shift = None
+    if norm is not None:
+        scale, shift = affine_of(norm)
+    if conv.bias is not None:
+        bias = conv.bias.double()
+        shift = bias if scale is None or shift is None else bias * scale + shift
+    if gamma is not None:
+        factor = gamma.double()
+        scale = factor if scale is None else scale * factor
+        shift = None if shift is None else shift * factor
+    return scale, shift
+
+
+class Operands(NamedTuple):
+    """What an op is given for a convolution."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor | None
+    shift: torch.Tensor | None
+    packed: torch.Tensor | None
+
+
+def operands(
+    weight: torch.Tensor,  # [K, ...], float64
+    scale: torch.Tensor | None,  # [K], float64
+    shift: torch.Tensor | None,  # [K], float64
+    dtype: torch.dtype,
+    op: str,
+) -> Operands:
+    """Folded and packed arguments of `op` for activations in `dtype`.
+
+    In float32 the scale goes into the weight. In low precision that would round the
+    weight anew, so it stays outside; the packed form is float32 and has it inside.
+    """
+    packed = pack(weight, scale, op == "dwconv_bn_act")
+    float_shift = None if shift is None else shift.float()
+    if dtype == torch.float32:
+        return Operands(_scaled(weight, scale).float().contiguous(), None, float_shift, packed)
+    float_scale = None if scale is None or packed is not None else scale.float()
+    return Operands(weight.to(dtype).contiguous(), float_scale, float_shift, packed)
+
+
+def pack(weight: torch.Tensor, scale: torch.Tensor | None, depthwise: bool) -> torch.Tensor | None:
+    """weight * scale in the order of the C++ microkernels; None where the library is not loaded."""
+    if not native.available():
+        return None
+    return ops.prepack(_scaled(weight, scale).float().contiguous(), depthwise)
+
+
+def _scaled(weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    return weight if scale is None else weight * scale.view(-1, *[1] * (weight.dim() - 1))

@@ -1,0 +1,163 @@
+"""A plan: a block's eval-mode forward as a short list of ready calls, and its exact backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from ..environment import Switches
+from . import leaves
+from .steps import Call, Fused, Own, Step
+from .watch import Watch
+
+
+class Body:
+    """What a block computes: steps in order, and whether the input is added to the result.
+
+    Args:
+        owner: the drop-in.
+        steps: in the order in which they run.
+        residual: y = steps(x) + x.
+        bypassed: the modules that don't run under a plan; by default all submodules of
+            `owner` but those of `Own` steps.
+        settings: (module, attribute names) that decided on the steps.
+    """
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        steps: Sequence[Step],
+        *,
+        residual: bool = False,
+        bypassed: Sequence[nn.Module] | None = None,
+        settings: Sequence[tuple[nn.Module, Sequence[str]]] = (),
+    ) -> None:
+        self.owner = owner
+        self.steps = list(steps)
+        self.residual = residual
+        self.settings = settings
+        if bypassed is None:
+            called = {module for step in steps if isinstance(step, Own) for module in step.module.modules()}
+            bypassed = [module for module in owner.modules() if module is not owner and module not in called]
+        self.bypassed = bypassed
+
+    @property
+    def fused(self) -> list[Fused]:
+        """The steps that ops compute."""
+        return [step for step in self.steps if not isinstance(step, Own)]
+
+    @property
+    def own(self) -> list[Own]:
+        """The steps that keep timm's modules."""
+        return [step for step in self.steps if isinstance(step, Own)]
+
+
+class Plan:
+    """A body made ready: folded, packed, and watched for changes."""
+
+    __slots__ = ("_calls", "_differentiable", "_last", "body", "dtype", "obstacle", "residual", "switches", "watch")
+
+    def __init__(self, body: Body) -> None:
+        self.body = body
+        self.residual = body.residual
+        self.watch = Watch(body.owner, body.bypassed, body.settings)
+        self.switches = Switches(op for step in body.fused for op in step.ops)
+        self.obstacle = _obstacle(body)
+        self.dtype = None if self.obstacle else _dtype_of(body.fused)
+        self._calls: list[Call] = []
+        self._last: Call | None = None
+        # a module of timm's, called again in the backward, might by then be in another mode
+        self._differentiable = not body.own
+        if not self.obstacle:
+            self._calls = [_ready(step) for step in body.steps]
+            last = body.steps[-1]
+            if body.residual and not isinstance(last, Own) and last.takes_residual:
+                self._last = self._calls.pop()
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        """The block's result, without an autograd graph.
+
+        The ops' Python autograd kernels are skipped: there is nothing for them to record.
+        """
+        if not self._differentiable:
+            return self._run(x)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._run(x)
+
+    def _run(self, x: torch.Tensor) -> torch.Tensor:
+        y = x
+        for call in self._calls:
+            y = call(y)
+        if self._last is not None:
+            return self._last(y, x)
+        return y + x if self.residual else y
+
+    def run_differentiably(self, x: torch.Tensor) -> torch.Tensor:
+        """The same with a backward that recomputes the block by timm's formula."""
+        tensors = [tensor for step in self.body.fused for tensor in step.tensors()]
+        return _Recomputed.apply(self, x, *tensors)
+
+    def grad_obstacle(self) -> str:
+        """Why a call that needs gradients takes timm's path; empty: it need not."""
+        if not self._differentiable:
+            return "gradients through a block with modules of timm's"
+        if self.watch.backward_hooked():
+            return "a backward hook on an inner module, or a global one"
+        return ""
+
+    def formula(self, x: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        """What timm computes in eval mode, over explicit tensors."""
+        y, start = x, 0
+        for step in self.body.fused:
+            end = start + len(step.tensors())
+            y = step.formula(y, tensors[start:end])
+            start = end
+        return y + x if self.residual else y
+
+
+def _ready(step: Step) -> Call:
+    # plans are made in whatever mode the first call is in, and outlive it
+    with torch.inference_mode(False), torch.no_grad():
+        return step.module if isinstance(step, Own) else step.prepare()
+
+
+def _obstacle(body: Body) -> str:
+    if not body.fused:
+        return "; ".join(dict.fromkeys(step.reason for step in body.own)) or "nothing that an op computes"
+    reasons = [reason for step in body.fused for module in step.modules() for reason in leaves.tensor_reasons(module)]
+    if not reasons and _dtype_of(body.fused) is None:
+        reasons.append("convolutions of different dtypes")
+    return "; ".join(dict.fromkeys(reasons))
+
+
+def _dtype_of(steps: Sequence[Fused]) -> torch.dtype | None:
+    dtypes = {module.weight.dtype for step in steps for module in step.modules() if isinstance(module, nn.Conv2d)}
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
+class _Recomputed(torch.autograd.Function):
+    """A plan's forward; its backward differentiates timm's formula, recomputed from the inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, x: torch.Tensor, *tensors: torch.Tensor | None) -> torch.Tensor:
+        ctx.plan = plan
+        ctx.save_for_backward(x, *tensors)
+        return plan.run(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        needed = ctx.needs_input_grad[1:]
+        inputs = [
+            value.detach().requires_grad_() if need else value
+            for value, need in zip(ctx.saved_tensors, needed, strict=True)
+        ]
+        with torch.enable_grad():
+            y = ctx.plan.formula(inputs[0], inputs[1:])
+            wanted = [value for value, need in zip(inputs, needed, strict=True) if need]
+            found = iter(torch.autograd.grad(y, wanted, grad))
+        return (None, *(next(found) if need else None for need in needed))

@@ -1,0 +1,146 @@
+"""Whether the modules behind a plan are still what they were when it was made.
+
+A plan holds folded copies of parameters. `Watch.unchanged` sees a parameter, buffer or
+submodule exchanged, an in-place edit (version counters), new storage behind the same
+tensor (`.data = ...`, as `.to()` does) and edited attributes such as `stride` or `eps`.
+What it can't see are in-place edits through `.data` or numpy, which leave no trace in the
+tensor: `mnv4_kernels.refresh(model)` is for those.
+
+It runs at every call of every block, so that all of it is a few comparisons in C over
+lists made once: about 3 us for a block of four convolutions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from operator import attrgetter, itemgetter
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from . import leaves
+
+_version = attrgetter("_version")
+_data_ptr = torch.Tensor.data_ptr
+_training = itemgetter("training")
+
+_CONV = itemgetter("stride", "padding", "dilation", "groups", "padding_mode")
+_NORM = itemgetter("eps")
+
+
+class Watch:
+    """Remembers modules: their tensors, their submodules, their settings and their hooks.
+
+    Args:
+        owner: the drop-in; only its submodules and the settings named for it are watched.
+        bypassed: the modules that the plan's ops stand in for.
+        settings: further (module, attribute names) that the plan read.
+    """
+
+    __slots__ = (
+        "_anchors",
+        "_backward_hooks",
+        "_forward_hooks",
+        "_live",
+        "_modes",
+        "_pointers",
+        "_settings",
+        "_sizes",
+        "_snapshot",
+        "_states",
+        "_tensors",
+        "_values",
+        "_versions",
+    )
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        bypassed: Sequence[nn.Module],
+        settings: Iterable[tuple[nn.Module, Sequence[str]]] = (),
+    ) -> None:
+        dicts: list[dict[str, Any]] = [owner._modules]
+        for module in bypassed:
+            dicts += filter(None, (module._parameters, module._buffers, module._modules))
+        self._live = dicts
+        self._snapshot = [dict(entries) for entries in dicts]
+        tensors: list[torch.Tensor] = [
+            value
+            for entries in dicts[1:]
+            for name, value in entries.items()
+            if type(value) in (torch.Tensor, nn.Parameter) and name != "num_batches_tracked"
+        ]
+        # inference tensors have no version: no plan is made of them, see `leaves.tensor_reasons`
+        self._tensors = [tensor for tensor in dict.fromkeys(tensors) if not tensor.is_inference()]
+        self._versions = sum(map(_version, self._tensors))
+        self._pointers = list(map(_data_ptr, self._tensors))
+        # keeps the storages, so that no other can come to lie at the same address
+        self._anchors = [tensor.detach() for tensor in self._tensors]
+        self._states = [vars(module) for module in bypassed]
+        self._sizes = sum(map(len, self._states))
+        self._settings = _getters(bypassed, settings)
+        self._values = [getter(state) for getter, state in self._settings]
+        # only these compute something else in train mode
+        self._modes = [vars(module) for module in bypassed if _has_modes(module)]
+        self._forward_hooks = [
+            torch_module._global_forward_hooks,
+            torch_module._global_forward_pre_hooks,
+            *(hooks for module in bypassed for hooks in (module._forward_hooks, module._forward_pre_hooks)),
+        ]
+        self._backward_hooks = [
+            torch_module._global_backward_hooks,
+            torch_module._global_backward_pre_hooks,
+            *(hooks for module in bypassed for hooks in (module._backward_hooks, module._backward_pre_hooks)),
+        ]
+
+    def unchanged(self) -> bool:
+        """True while everything that the plan was made of is as it was."""
+        try:
+            return (
+                self._live == self._snapshot
+                and sum(map(_version, self._tensors)) == self._versions
+                and list(map(_data_ptr, self._tensors)) == self._pointers
+                and sum(map(len, self._states)) == self._sizes
+                and [getter(state) for getter, state in self._settings] == self._values
+            )
+        except (RuntimeError, TypeError, ValueError, KeyError):
+            # an exchanged tensor is compared by value with the one that was there, which may not be possible
+            return False
+
+    def obstacle(self) -> str:
+        """Why the modules must be called one by one now, as a sentence; empty: they need not."""
+        if any(self._forward_hooks):
+            return "a forward hook on an inner module, or a global one"
+        if any(map(_training, self._modes)):
+            return "an inner normalisation or dropout is in train mode"
+        return ""
+
+    def wants_grad(self) -> bool:
+        """True if a parameter requires grad."""
+        return any(tensor.requires_grad for tensor in self._tensors)
+
+    def backward_hooked(self) -> bool:
+        """True if an inner module, or all modules, have a backward hook."""
+        return any(self._backward_hooks)
+
+
+def _has_modes(module: nn.Module) -> bool:
+    idle = type(module) is nn.Identity
+    return not idle and (type(module) in leaves.NORMS | leaves.DROPS | leaves.ATTENTIONS)
+
+
+def _getters(
+    bypassed: Sequence[nn.Module], settings: Iterable[tuple[nn.Module, Sequence[str]]]
+) -> list[tuple[Any, dict[str, Any]]]:
+    getters: list[tuple[Any, dict[str, Any]]] = []
+    for module in bypassed:
+        if type(module) in leaves.CONVS:
+            getters.append((_CONV, vars(module)))
+        elif type(module) in leaves.NORMS:
+            getters.append((_NORM, vars(module)))
+        elif type(module) is nn.GELU:
+            getters.append((itemgetter("approximate"), vars(module)))
+    getters += [(itemgetter(*names), vars(module)) for module, names in settings]
+    return getters

@@ -1,0 +1,135 @@
+"""`explain`: which op and kernel each block runs for an input, and why not a better one."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..backends import native
+from ..modules import HEAD, PRE_LOGITS, STEM, DropIn
+from . import tables
+from .rules import rule_of
+
+TIMM = "timm's own path"
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """How one piece of the model runs."""
+
+    name: str
+    cls: str
+    #: shape of what it is given
+    shape: tuple[int, ...]
+    #: "piece: op", empty where timm's own path runs
+    steps: tuple[str, ...]
+    #: who computes the ops
+    kernel: str
+    #: why timm's own path runs, or what keeps a better kernel from running; empty: nothing does
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ExplainReport:
+    """One row a block, in the order in which they ran; `print` is a table."""
+
+    model: str
+    rows: tuple[Explanation, ...]
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                row.name,
+                row.cls,
+                "x".join(map(str, row.shape)),
+                ", ".join(row.steps) or TIMM,
+                row.kernel,
+                row.reason,
+            )
+            for row in self.rows
+        ]
+        columns = ("module", "class", "input", "ops", "kernel", "why not better")
+        return tables.render(f"mnv4_kernels.explain({self.model})", columns, rows)
+
+
+def explain(model: nn.Module, x: torch.Tensor) -> ExplainReport:
+    """Runs `model` on `x` once and says of each block which op and kernel ran, or why timm's own path did.
+
+    Args:
+        model: any module, patched or not, in the mode that is asked about.
+        x: what the model is given.
+
+    Raises:
+        TypeError: `model` is not a torch.nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
+    rows: list[Explanation] = []
+    names = {module: name for name, module in model.named_modules()}
+    handles = [
+        module.register_forward_pre_hook(_recorder(rows, names[module]), with_kwargs=True) for module in _blocks(model)
+    ]
+    try:
+        model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    rule = rule_of(model)
+    return ExplainReport((rule.replaces if rule else type(model)).__name__, tuple(rows))
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The model if a rule knows it, and the outermost modules in it that a rule knows."""
+    found = [model] if rule_of(model) is not None else []
+
+    def walk(module: nn.Module) -> None:
+        for child in module.children():
+            if rule_of(child) is None:
+                walk(child)
+            else:
+                found.append(child)
+
+    walk(model)
+    return found
+
+
+def _recorder(rows: list[Explanation], name: str) -> Any:
+    def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        x = arguments[0] if arguments else next(iter(keywords.values()), None)
+        rule = rule_of(module)
+        assert rule is not None
+        for piece in rule.pieces:
+            title = f"{name}.{piece}".strip(".") or "(model)"
+            rows.append(_explain(module, piece, title, rule.replaces.__name__, x))
+
+    return hook
+
+
+def _explain(module: nn.Module, piece: str, title: str, cls: str, x: Any) -> Explanation:
+    shape = tuple(x.shape) if isinstance(x, torch.Tensor) else ()
+    if piece in (HEAD, PRE_LOGITS):
+        # what the head is given is not known yet
+        shape = ()
+    if not isinstance(module, DropIn):
+        return Explanation(title, cls, shape, (), "torch", "not patched")
+    plan, obstacle = module._mnv4_decide(x, piece)
+    if plan is None or obstacle:
+        inner = " (drop-ins inside decide for themselves)" if piece not in (STEM, HEAD, PRE_LOGITS) else ""
+        return Explanation(title, cls, shape, (), "torch", f"{obstacle}{inner}")
+    steps = tuple(
+        f"{step.name}: {op}" if step.name else op for step in plan.body.fused for op in dict.fromkeys(step.ops)
+    )
+    kept = "; ".join(f"{step.name} by timm's module: {step.reason}" for step in plan.body.own)
+    kernel, missing = _kernel()
+    return Explanation(title, cls, shape, steps, kernel, "; ".join(filter(None, (kept, missing))))
+
+
+def _kernel() -> tuple[str, str]:
+    if not native.available():
+        return "torch reference", "; ".join(native.reasons())
+    library = native.module()
+    active, detected = library.active_tier(), library.detected_tier()
+    return f"C++ {active}", "" if active == detected else f"the tier is capped, this processor has {detected}"
