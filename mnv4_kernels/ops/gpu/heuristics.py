@@ -116,6 +116,16 @@ def depthwise_gemm(
     )
 
 
+def kv(m: int, depth: int, element_size: int, multiprocessors: int = DEFAULT_MULTIPROCESSORS) -> GemmConfig:
+    """Two products of the whole depth; fewer positions a program where the maps are small."""
+    block_n = max(16, next_power_of_2(depth))
+    block_m = 64
+    while block_m > 16 and cdiv(m, block_m) < multiprocessors:
+        block_m //= 2
+    warps = 4 if block_n <= 64 else 8
+    return GemmConfig(warps=warps, stages=1, block_m=block_m, block_n=block_n, block_k=64 // element_size, group_m=1)
+
+
 def attention(
     queries: int, keys: int, depth: int, batch: int, multiprocessors: int = DEFAULT_MULTIPROCESSORS
 ) -> AttentionConfig:

@@ -69,6 +69,13 @@ def depthwise_gemm_config(
 
 
 @lru_cache(maxsize=4096)
+def kv_config(m: int, depth: int, channels: int, dtype: torch.dtype, device: torch.device) -> GemmConfig:
+    """Config of `kv_downsample`: m positions, keys and values up to `depth` wide."""
+    found = _tuned(GemmConfig, device, f"kv_downsample/{dtype_name(dtype)}/m{m}d{depth}c{channels}")
+    return found or heuristics.kv(m, depth, dtype.itemsize, _device(device)[1])
+
+
+@lru_cache(maxsize=4096)
 def attention_config(
     queries: int, keys: int, depth: int, batch: int, dtype: torch.dtype, device: torch.device
 ) -> AttentionConfig:
