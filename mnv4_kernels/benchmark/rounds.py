@@ -111,7 +111,7 @@ def measure(
                 if worker is not None:
                     workers[runtime.name] = worker
             timed = [row for row in rows if row.name in workers]
-            for turn in range(rounds):
+            for turn in range(rounds if timed else 0):
                 progress(f"{case.title}: round {turn + 1} of {rounds}")
                 # another order each round: no runtime always follows the same neighbour
                 for row in timed[turn % len(timed) :] + timed[: turn % len(timed)]:

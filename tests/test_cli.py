@@ -1,0 +1,128 @@
+"""The command line: what each command prints, and its exit status."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mnv4_kernels import environment
+from mnv4_kernels.backends import native
+from mnv4_kernels.cli import main
+from mnv4_kernels.cli.console import plain_table, progress
+
+pytest.importorskip("timm")
+
+SMALL = ["conv_small_035", "--size", "64", "--threads", "1"]
+
+
+class TestInfo:
+    def test_it_names_the_library_the_tiers_and_every_environment_variable(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["info"]) == 0
+        printed = capsys.readouterr().out
+        assert ("loaded" if native.available() else "missing: ") in printed
+        for name in ("torch", "timm", "triton", *environment.VARIABLES):
+            assert name in printed
+
+    def test_json_holds_the_same_facts(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("MNV4_KERNELS_DISABLE_MQA", "1")
+        assert main(["info", "--json"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["extension"] == native.available()
+        assert facts["extension_missing_because"] == native.reasons()
+        assert facts["environment"]["MNV4_KERNELS_DISABLE_MQA"] == "1"
+        if native.available():
+            assert facts["tiers"]["active"] in facts["tiers"]["compiled"]
+
+
+class TestMisuse:
+    def test_an_unknown_model_is_named_with_the_known_ones(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["verify", "conv_tiny"]) == 2
+        message = capsys.readouterr().err
+        assert "`MODEL` must be one of timm's" in message
+        assert "mobilenetv4_conv_small" in message
+        assert "got 'mobilenetv4_conv_tiny'" in message
+
+    def test_a_size_below_one_is_refused(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as status:
+            main(["bench", "conv_small", "--size", "0"])
+        assert status.value.code == 2
+        assert "must be at least 1, got 0" in capsys.readouterr().err
+
+    def test_an_unknown_runtime_is_refused(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as status:
+            main(["bench", "conv_small", "--runtimes", "abacus"])
+        assert status.value.code == 2
+        assert "abacus" in capsys.readouterr().err
+
+    def test_a_script_that_is_not_there_is_named(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["run", "no_such_script.py"]) == 2
+        assert "`script` must be a file, got 'no_such_script.py'" in capsys.readouterr().err
+
+    def test_a_missing_package_is_named_with_the_command_that_installs_it(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(__import__("sys").modules, "timm", None)
+        assert main(["verify", "conv_small"]) == 2
+        assert "`verify` needs timm: pip install 'mnv4_kernels[demo]'" in capsys.readouterr().err
+
+
+class TestVerify:
+    def test_a_sound_model_passes(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["verify", *SMALL, "--batch", "1", "2"]) == 0
+        printed = capsys.readouterr().out
+        assert "conv_small_035 64px batch 1" in printed
+        assert "conv_small_035 64px batch 2" in printed
+
+
+class TestRun:
+    def test_a_script_gets_its_arguments_and_patched_models(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import sys
+
+        import timm
+
+        import mnv4_kernels
+
+        (tmp_path / "helper.py").write_text("ANSWER = 42\n")
+        script = tmp_path / "script.py"
+        script.write_text(
+            "import sys, timm, helper\n"
+            "model = timm.create_model('mobilenetv4_conv_small_035')\n"
+            "patched = any(type(m).__module__.startswith('mnv4_kernels') for m in model.modules())\n"
+            "print(__name__, sys.argv[1:], helper.ANSWER, patched)\n"
+        )
+        monkeypatch.setattr(sys, "argv", list(sys.argv))
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        try:
+            assert main(["run", str(script), "--epochs", "3"]) == 0
+        finally:
+            mnv4_kernels.unpatch_timm()
+        assert capsys.readouterr().out.strip() == "__main__ ['--epochs', '3'] 42 True"
+        model = timm.create_model("mobilenetv4_conv_small_035")
+        assert not any(type(module).__module__.startswith("mnv4_kernels") for module in model.modules())
+
+
+class TestConsole:
+    def test_numbers_are_aligned_right_and_a_last_sentence_widens_nothing(self) -> None:
+        rows = [["eager", "10.25", "1.00x"], ["ours", "3.5", "2.93x"], ["openvino", "not installed", ""]]
+        assert plain_table(["runtime", "ms", "speed-up"], rows, "title").splitlines() == [
+            "title",
+            "runtime      ms  speed-up",
+            "--------  -----  --------",
+            "eager     10.25     1.00x",
+            "ours        3.5     2.93x",
+            "openvino  not installed",
+        ]
+
+    def test_progress_is_a_line_each_where_there_is_no_terminal(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with progress() as show:
+            show("round 1")
+            show("round 2")
+        assert capsys.readouterr().err == "round 1\nround 2\n"
