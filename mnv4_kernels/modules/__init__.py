@@ -1,8 +1,9 @@
 """Drop-in forwards: what timm's blocks compute, through the fused ops. Knows nn.Module, not timm."""
 
+from . import leaves
 from .attention import MobileAttentionForward, MultiQueryAttention2dForward
 from .blocks import ConvBnActForward, ConvNormActForward, EdgeResidualForward, UniversalInvertedResidualForward
-from .dropin import PLANS, DropIn, refresh
+from .dropin import PLANS, DropIn, make_room, refresh
 from .network import HEAD, PRE_LOGITS, STEM, MobileNetV3FeaturesForward, MobileNetV3Forward
 from .plan import Body, Plan
 from .steps import Own
@@ -24,5 +25,7 @@ __all__ = [
     "Own",
     "Plan",
     "UniversalInvertedResidualForward",
+    "leaves",
+    "make_room",
     "refresh",
 ]

@@ -38,7 +38,7 @@ class DropIn(nn.Module):
         """The current plan of a piece, made anew if anything behind it changed."""
         plans = self.__dict__.get(PLANS)
         if plans is None:
-            plans = self.__dict__[PLANS] = {}
+            plans = make_room(self)
         plan = plans.get(key)
         if plan is None or not plan.watch.unchanged():
             plan = plans[key] = Plan(self._mnv4_body(key))
@@ -84,7 +84,7 @@ class DropIn(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry no plans: they hold folded weights of this very instance."""
-        return {name: value for name, value in self.__dict__.items() if name != PLANS}
+        return {**self.__dict__, PLANS: {}}
 
 
 class BlockForward(DropIn):
@@ -96,6 +96,12 @@ class BlockForward(DropIn):
         return super().forward(x) if y is None else y
 
 
+def make_room(module: nn.Module) -> dict[str, Plan]:
+    """The place for `module`'s plans, made now: a `Watch` takes a later attribute for a change."""
+    plans: dict[str, Plan] = module.__dict__.setdefault(PLANS, {})
+    return plans
+
+
 def refresh(model: nn.Module) -> None:
     """Forgets what was folded of `model`'s parameters; the next call reads them anew.
 
@@ -105,7 +111,8 @@ def refresh(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
-        vars(module).pop(PLANS, None)
+        if isinstance(module, DropIn):
+            make_room(module).clear()
 
 
 def _input_obstacle(x: Any) -> str:

@@ -15,11 +15,13 @@ from torch import nn
 from .dropin import DropIn
 from .head import head_steps
 from .plan import Body
-from .steps import convolution
+from .section import Section, sections
+from .steps import Own, Step, convolution
 
 STEM = "stem"
 HEAD = "head"
 PRE_LOGITS = "pre_logits"
+WHOLE = "whole"
 
 
 def stem_body(network: nn.Module) -> Body:
@@ -28,6 +30,29 @@ def stem_body(network: nn.Module) -> Body:
     conv, norm, act = modules["conv_stem"], modules["bn1"], modules.get("act1")
     steps = convolution(STEM, conv, norm, act, channels_last=True)
     return Body(network, steps, bypassed=_with_children(conv, norm, act))
+
+
+def head_body(network: nn.Module, classifier: bool) -> Body:
+    """Pool, `conv_head`, `norm_head`, `act2`, flatten, and the classifier or not."""
+    modules: dict[str, Any] = dict(network._modules)
+    expand = convolution("conv_head", modules["conv_head"], _not_idle(modules["norm_head"]), _not_idle(modules["act2"]))
+    last = modules["classifier"] if classifier else None
+    steps = head_steps(modules["global_pool"], expand, modules["flatten"], last)
+    names = ["global_pool", "conv_head", "norm_head", "act2", "flatten", *(["classifier"] if classifier else [])]
+    settings = [(modules["global_pool"], ["pool_type"])] if hasattr(modules["global_pool"], "pool_type") else []
+    return Body(network, steps, bypassed=_with_children(*(modules[name] for name in names)), settings=settings)
+
+
+def whole_body(network: nn.Module) -> Body:
+    """Stem, blocks and head, if ops compute all of them; else nothing."""
+    stem, head = stem_body(network), head_body(network, classifier=True)
+    inner: Any = sections("blocks", network._modules["blocks"])  # type: ignore[arg-type]
+    steps: list[Step] = [*stem.steps, *inner, *head.steps]
+    own = [step for step in steps if isinstance(step, Own)]
+    bodies = [stem, head, *(step.body for step in inner if isinstance(step, Section))]
+    settings = [setting for body in bodies for setting in body.settings]
+    bypassed = [module for module in network.modules() if module is not network]
+    return Body(network, own or steps, bypassed=bypassed, settings=settings)
 
 
 class _Network(DropIn):
@@ -61,14 +86,9 @@ class MobileNetV3Forward(_Network):
     def _mnv4_body(self, key: str) -> Body:
         if key == STEM:
             return stem_body(self)
-        modules: dict[str, Any] = dict(self._modules)
-        act = modules["act2"]
-        expand = convolution("conv_head", modules["conv_head"], _not_idle(modules["norm_head"]), _not_idle(act))
-        classifier = modules["classifier"] if key == HEAD else None
-        steps = head_steps(modules["global_pool"], expand, modules["flatten"], classifier)
-        names = ["global_pool", "conv_head", "norm_head", "act2", "flatten", *(["classifier"] if key == HEAD else [])]
-        settings = [(modules["global_pool"], ["pool_type"])] if hasattr(modules["global_pool"], "pool_type") else []
-        return Body(self, steps, bypassed=_with_children(*(modules[name] for name in names)), settings=settings)
+        if key in (HEAD, PRE_LOGITS):
+            return head_body(self, classifier=key == HEAD)
+        return whole_body(self)
 
     def _mnv4_features(self, x: torch.Tensor) -> torch.Tensor:
         blocks: Any = self._modules["blocks"]
@@ -78,7 +98,9 @@ class MobileNetV3Forward(_Network):
         """Images [N, C, H, W] -> logits [N, K]."""
         if not self._mnv4_whole(x):
             return super().forward(x)
-        return self.forward_head(self._mnv4_features(x))
+        # with gradients, recomputing block by block needs less memory than the network at once
+        y = None if torch.is_grad_enabled() else self._mnv4_run(x, WHOLE)
+        return self.forward_head(self._mnv4_features(x)) if y is None else y
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images [N, C, H, W] -> the last stage's map."""

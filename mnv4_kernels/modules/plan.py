@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from ..environment import Switches
 from . import leaves
 from .steps import Call, Fused, Own, Step
 from .watch import Watch
+
+Run = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Body:
@@ -59,42 +61,29 @@ class Body:
 class Plan:
     """A body made ready: folded, packed, and watched for changes."""
 
-    __slots__ = ("_calls", "_differentiable", "_last", "body", "dtype", "obstacle", "residual", "switches", "watch")
+    __slots__ = ("_differentiable", "body", "call", "dtype", "obstacle", "switches", "watch")
 
     def __init__(self, body: Body) -> None:
         self.body = body
-        self.residual = body.residual
         self.watch = Watch(body.owner, body.bypassed, body.settings)
         self.switches = Switches(op for step in body.fused for op in step.ops)
         self.obstacle = _obstacle(body)
         self.dtype = None if self.obstacle else _dtype_of(body.fused)
-        self._calls: list[Call] = []
-        self._last: Call | None = None
         # a module of timm's, called again in the backward, might by then be in another mode
         self._differentiable = not body.own
-        if not self.obstacle:
-            self._calls = [_ready(step) for step in body.steps]
-            last = body.steps[-1]
-            if body.residual and not isinstance(last, Own) and last.takes_residual:
-                self._last = self._calls.pop()
+        #: the block's result, under whatever guards the caller has; None where there is an `obstacle`
+        self.call = None if self.obstacle else ready(body)
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
-        """The block's result, without an autograd graph.
+        """The block's result, without an autograd graph; only where there is no `obstacle`.
 
         The ops' Python autograd kernels are skipped: there is nothing for them to record.
         """
+        assert self.call is not None
         if not self._differentiable:
-            return self._run(x)
+            return self.call(x)
         with torch._C._AutoDispatchBelowAutograd():
-            return self._run(x)
-
-    def _run(self, x: torch.Tensor) -> torch.Tensor:
-        y = x
-        for call in self._calls:
-            y = call(y)
-        if self._last is not None:
-            return self._last(y, x)
-        return y + x if self.residual else y
+            return self.call(x)
 
     def run_differentiably(self, x: torch.Tensor) -> torch.Tensor:
         """The same with a backward that recomputes the block by timm's formula."""
@@ -109,20 +98,41 @@ class Plan:
             return "a backward hook on an inner module, or a global one"
         return ""
 
-    def formula(self, x: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
-        """What timm computes in eval mode, over explicit tensors."""
-        y, start = x, 0
-        for step in self.body.fused:
-            end = start + len(step.tensors())
-            y = step.formula(y, tensors[start:end])
-            start = end
-        return y + x if self.residual else y
 
-
-def _ready(step: Step) -> Call:
+def ready(body: Body) -> Run:
+    """One function for a body: its steps folded and packed, called in order, and the skip."""
     # plans are made in whatever mode the first call is in, and outlive it
     with torch.inference_mode(False), torch.no_grad():
-        return step.module if isinstance(step, Own) else step.prepare()
+        calls: list[Call] = [step.module if isinstance(step, Own) else step.prepare() for step in body.steps]
+    last = body.steps[-1]
+    if body.residual and not isinstance(last, Own) and last.takes_residual:
+        finish = calls.pop()
+
+        def run_into_skip(x: torch.Tensor) -> torch.Tensor:
+            y = x
+            for call in calls:
+                y = call(y)
+            return finish(y, x)
+
+        return run_into_skip
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        y = x
+        for call in calls:
+            y = call(y)
+        return y + x if body.residual else y
+
+    return run
+
+
+def formula_of(body: Body, x: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """What timm computes in eval mode for a body of ops only, over explicit tensors."""
+    y, start = x, 0
+    for step in body.fused:
+        end = start + len(step.tensors())
+        y = step.formula(y, tensors[start:end])
+        start = end
+    return y + x if body.residual else y
 
 
 def _obstacle(body: Body) -> str:
@@ -157,7 +167,7 @@ class _Recomputed(torch.autograd.Function):
             for value, need in zip(ctx.saved_tensors, needed, strict=True)
         ]
         with torch.enable_grad():
-            y = ctx.plan.formula(inputs[0], inputs[1:])
+            y = formula_of(ctx.plan.body, inputs[0], inputs[1:])
             wanted = [value for value, need in zip(inputs, needed, strict=True) if need]
             found = iter(torch.autograd.grad(y, wanted, grad))
         return (None, *(next(found) if need else None for need in needed))

@@ -3,8 +3,8 @@
 A plan holds folded copies of parameters. `Watch.unchanged` sees a parameter, buffer or
 submodule exchanged, an in-place edit (version counters), new storage behind the same
 tensor (`.data = ...`, as `.to()` does) and edited attributes such as `stride` or `eps`.
-What it can't see are in-place edits through `.data` or numpy, which leave no trace in the
-tensor: `mnv4_kernels.refresh(model)` is for those.
+What it can't see are edits that leave no trace in the tensor, in place through `.data` or
+numpy, and a buffer's `.data = ...`: `mnv4_kernels.refresh(model)` is for those.
 
 It runs at every call of every block, so that all of it is a few comparisons in C over
 lists made once: about 3 us for a block of four convolutions.
@@ -26,8 +26,10 @@ _version = attrgetter("_version")
 _data_ptr = torch.Tensor.data_ptr
 _training = itemgetter("training")
 
-_CONV = itemgetter("stride", "padding", "dilation", "groups", "padding_mode")
-_NORM = itemgetter("eps")
+# the attributes that a plan reads off a module of each kind
+_CONV = ("stride", "padding", "dilation", "groups", "padding_mode")
+_NORM = ("eps",)
+_GELU = ("approximate",)
 
 
 class Watch:
@@ -45,6 +47,7 @@ class Watch:
         "_forward_hooks",
         "_live",
         "_modes",
+        "_parameters",
         "_pointers",
         "_settings",
         "_sizes",
@@ -75,13 +78,15 @@ class Watch:
         # inference tensors have no version: no plan is made of them, see `leaves.tensor_reasons`
         self._tensors = [tensor for tensor in dict.fromkeys(tensors) if not tensor.is_inference()]
         self._versions = sum(map(_version, self._tensors))
-        self._pointers = list(map(_data_ptr, self._tensors))
+        # `.to()` gives a parameter other storage, but makes other buffers
+        self._parameters = [tensor for tensor in self._tensors if isinstance(tensor, nn.Parameter)]
+        self._pointers = list(map(_data_ptr, self._parameters))
         # keeps the storages, so that no other can come to lie at the same address
-        self._anchors = [tensor.detach() for tensor in self._tensors]
+        self._anchors = [tensor.detach() for tensor in self._parameters]
         self._states = [vars(module) for module in bypassed]
         self._sizes = sum(map(len, self._states))
         self._settings = _getters(bypassed, settings)
-        self._values = [getter(state) for getter, state in self._settings]
+        self._values = [list(map(getter, states)) for getter, states in self._settings]
         # only these compute something else in train mode
         self._modes = [vars(module) for module in bypassed if _has_modes(module)]
         self._forward_hooks = [
@@ -101,9 +106,9 @@ class Watch:
             return (
                 self._live == self._snapshot
                 and sum(map(_version, self._tensors)) == self._versions
-                and list(map(_data_ptr, self._tensors)) == self._pointers
+                and list(map(_data_ptr, self._parameters)) == self._pointers
                 and sum(map(len, self._states)) == self._sizes
-                and [getter(state) for getter, state in self._settings] == self._values
+                and [list(map(getter, states)) for getter, states in self._settings] == self._values
             )
         except (RuntimeError, TypeError, ValueError, KeyError):
             # an exchanged tensor is compared by value with the one that was there, which may not be possible
@@ -133,14 +138,16 @@ def _has_modes(module: nn.Module) -> bool:
 
 def _getters(
     bypassed: Sequence[nn.Module], settings: Iterable[tuple[nn.Module, Sequence[str]]]
-) -> list[tuple[Any, dict[str, Any]]]:
-    getters: list[tuple[Any, dict[str, Any]]] = []
+) -> list[tuple[Any, list[dict[str, Any]]]]:
+    """(getter, the `__dict__`s that it is applied to) for each kind of setting."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for module in bypassed:
         if type(module) in leaves.CONVS:
-            getters.append((_CONV, vars(module)))
+            groups.setdefault(_CONV, []).append(vars(module))
         elif type(module) in leaves.NORMS:
-            getters.append((_NORM, vars(module)))
+            groups.setdefault(_NORM, []).append(vars(module))
         elif type(module) is nn.GELU:
-            getters.append((itemgetter("approximate"), vars(module)))
-    getters += [(itemgetter(*names), vars(module)) for module, names in settings]
-    return getters
+            groups.setdefault(_GELU, []).append(vars(module))
+    for module, names in settings:
+        groups.setdefault(tuple(names), []).append(vars(module))
+    return [(itemgetter(*names), states) for names, states in groups.items()]

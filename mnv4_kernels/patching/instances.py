@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from typing import TypeVar
 
 from torch import nn
 
-from ..modules import PLANS, Body, DropIn
+from ..modules import PLANS, Body, DropIn, leaves, make_room
 from .report import LEFT_ALONE, PARTLY, REPLACED, PatchReport, Row
 from .rules import Rule, rule_of
 
@@ -58,8 +59,8 @@ def patch(model: nn.Module, strict: bool = False) -> PatchReport:
 def apply(model: nn.Module, strict: bool = False) -> PatchReport:
     """`patch` without the warning."""
     _check(model)
-    rows, changes = _decide(model)
-    report = PatchReport(_class_name(model), tuple(rows), (TRAIN_NOTE,) if model.training else ())
+    rows, changes, notes = _decide(model)
+    report = PatchReport(_class_name(model), tuple(rows), tuple(notes))
     if strict:
         _raise_if_anything_stays(report)
     _change(changes)
@@ -75,8 +76,7 @@ def unpatch(model: Model) -> Model:
     _check(model)
     for module in model.modules():
         if isinstance(module, DropIn):
-            vars(module).pop(PLANS, None)
-            module.__class__ = module._mnv4_base  # type: ignore[assignment]
+            _restore(module, module._mnv4_base)
     return model
 
 
@@ -91,8 +91,7 @@ def patched(model: nn.Module, strict: bool = False) -> Iterator[PatchReport]:
     finally:
         for module in model.modules():
             if isinstance(module, DropIn) and id(module) not in before:
-                vars(module).pop(PLANS, None)
-                module.__class__ = module._mnv4_base  # type: ignore[assignment]
+                _restore(module, module._mnv4_base)
 
 
 def _check(model: object) -> None:
@@ -104,16 +103,24 @@ def _change(changes: list[tuple[nn.Module, type[nn.Module]]]) -> None:
     done: list[tuple[nn.Module, type[nn.Module]]] = []
     try:
         for module, cls in changes:
-            before = type(module)
+            done.append((module, type(module)))
             module.__class__ = cls
-            done.append((module, before))
+            make_room(module)
     except BaseException:
         for module, before in done:
-            module.__class__ = before
+            _restore(module, before)
         raise
 
 
-def _decide(model: nn.Module) -> tuple[list[Row], list[tuple[nn.Module, type[nn.Module]]]]:
+def _restore(module: nn.Module, cls: type[nn.Module]) -> None:
+    module.__class__ = cls
+    vars(module).pop(PLANS, None)
+
+
+def _decide(
+    model: nn.Module,
+) -> tuple[list[Row], list[tuple[nn.Module, type[nn.Module]]], list[str]]:
+    """(a row for each module, what to change, notes on the model's state); changes nothing."""
     names = {module: name for name, module in model.named_modules()}
     rows: dict[nn.Module, Row] = {}
     changes: list[tuple[nn.Module, type[nn.Module]]] = []
@@ -134,7 +141,10 @@ def _decide(model: nn.Module) -> tuple[list[Row], list[tuple[nn.Module, type[nn.
         leaf = next(module.children(), None) is None
         if leaf and module not in accounted and module not in rows:
             rows[module] = _leaf_row(module, name, list(rows.values()))
-    return [rows[module] for module in names if module in rows], changes
+    notes = [TRAIN_NOTE] if model.training else []
+    states = Counter(reason for module in accounted for reason in leaves.tensor_reasons(module))
+    notes += [f"For now {count} modules take timm's own path: {reason}." for reason, count in states.items()]
+    return [rows[module] for module in names if module in rows], changes, notes
 
 
 def _row(module: nn.Module, name: str, rule: Rule, names: dict[nn.Module, str]) -> tuple[Row, list[Body]]:
