@@ -8,6 +8,7 @@
 
 #include "cpu/features.h"
 #include "kernels/gemm/gemm.h"
+#include "kernels/peak/peak.h"
 
 namespace py = pybind11;
 using mnv4::cpu::Tier;
@@ -46,6 +47,10 @@ PYBIND11_MODULE(_C, m) {
       "set_tier_cap", [](const std::string& tier) { mnv4::cpu::set_tier_cap(tier_of(tier)); }, py::arg("tier"),
       "Uses no tier above `tier`, process-wide, from the next call of an op on.");
   m.def("clear_tier_cap", &mnv4::cpu::clear_tier_cap, "Ends `set_tier_cap`.");
+  m.def(
+      "peak_gflops", [](bool bf16, int threads) { return mnv4::peak_gflops(bf16, threads); }, py::arg("bf16"),
+      py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+      "GFLOP/s of `threads` threads of the active tier on registers alone, bfloat16 or float32 operands.");
   m.def(
       "panel_width", [] { return static_cast<int>(mnv4::kPanel); }, "Output channels of one panel of packed weights.");
 }
