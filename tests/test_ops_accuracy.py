@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -48,8 +49,8 @@ FIRST = {op: next(case for case in CASES if case.op == op) for op in sorted({cas
 @pytest.fixture(params=KNOWN_TIERS)
 def tier(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each tier of the C++ library, in use while the test runs; skipped where this machine or build lacks it."""
-    reasons = backends_of("mqa")[-1].reasons(*FIRST["mqa"].arguments())
-    if reasons:
+    cpp = next(row for row in backends_of("mqa") if row.name == "cpp")
+    if reasons := cpp.reasons(*FIRST["mqa"].arguments()):
         pytest.skip("; ".join(reasons))
     if request.param not in tiers():
         pytest.skip(f"tier {request.param} is not among those of this machine and build: {', '.join(tiers())}")
@@ -226,6 +227,19 @@ def test_concurrent_calls_of_several_python_threads_do_not_meet() -> None:
             together = list(pool.map(lambda call: run(*call), todo))
             for expected_, actual in zip(alone, together, strict=True):
                 assert all(map(_same_bits, expected_, actual))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+def test_a_forked_child_of_one_thread_computes_the_same() -> None:
+    # one thread: torch's own OpenMP pool doesn't survive a fork either, which is why DataLoader's workers have one
+    case = LAYERS[5]
+    arguments = case.arguments(layout="channels_last")
+    (before,) = run(case, arguments)
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        os._exit(0 if torch.equal(run(case, arguments)[0], before) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
