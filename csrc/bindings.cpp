@@ -7,6 +7,8 @@
 #include <vector>
 
 #include "cpu/features.h"
+#include "engine/memory.h"
+#include "engine/program.h"
 #include "kernels/gemm/gemm.h"
 #include "kernels/peak/peak.h"
 
@@ -53,4 +55,19 @@ PYBIND11_MODULE(_C, m) {
       "GFLOP/s of `threads` threads of the active tier on registers alone, bfloat16 or float32 operands.");
   m.def(
       "panel_width", [] { return static_cast<int>(mnv4::kPanel); }, "Output channels of one panel of packed weights.");
+  m.def(
+      "engine_fields",
+      [] { return std::vector<std::string>(std::begin(mnv4::engine::kFieldNames), std::end(mnv4::engine::kFieldNames)); },
+      "Columns of an engine program's rows.");
+  m.def(
+      "engine_kinds",
+      [] { return std::vector<std::string>(std::begin(mnv4::engine::kKindNames), std::end(mnv4::engine::kKindNames)); },
+      "Kinds of an engine program's nodes, by their codes.");
+  m.def(
+      "engine_pad_modes",
+      [] {
+        return std::vector<std::string>(std::begin(mnv4::engine::kPadModeNames), std::end(mnv4::engine::kPadModeNames));
+      },
+      "Padding modes of an engine program's nodes, by their codes.");
+  m.def("engine_bytes", &mnv4::engine::Memory::total, "Bytes that all engines of the process hold.");
 }

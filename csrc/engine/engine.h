@@ -1,0 +1,61 @@
+// A program with its weights packed once, and its plans by input shape.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <list>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "cpu/features.h"
+#include "engine/plan.h"
+#include "engine/program.h"
+
+namespace mnv4::engine {
+
+// Calls body(begin, end) on ranges that cover [0, workers), all at the same time.
+using ParallelRegion = std::function<void(int64_t workers, const std::function<void(int64_t, int64_t)>& body)>;
+
+class Engine {
+ public:
+  explicit Engine(const Program& program);
+
+  // Shapes of the outputs for an input of `shape`.
+  std::vector<Shape> output_shapes(const Shape& shape, int64_t workers, int64_t tag);
+
+  // Thread-safe. Input strides in floats; outputs dense NCHW.
+  void run(const Shape& shape, const Input& input, const std::vector<float*>& outputs, int64_t workers, int64_t tag,
+           const ParallelRegion& parallel);
+
+  // Seconds of each step, [repeats][steps], and what each step is: (node, part).
+  struct Profile {
+    std::vector<double> seconds;
+    std::vector<std::pair<int64_t, std::string>> steps;
+  };
+  Profile profile(const Shape& shape, const Input& input, int64_t workers, int64_t tag, int64_t repeats,
+                  const ParallelRegion& parallel);
+
+  size_t weight_bytes() const { return weights_.bytes(); }
+
+ private:
+  struct Entry {
+    Shape shape;
+    int64_t workers;
+    int64_t tag;
+    cpu::Tier tier;
+    std::shared_ptr<Plan> plan;
+  };
+
+  std::shared_ptr<Plan> plan(const Shape& shape, int64_t workers, int64_t tag);
+  int64_t images_at_a_time(const Shape& shape, int64_t workers, int64_t tag);
+
+  Program program_;
+  Memory weights_;
+  std::vector<PackedNode> packed_;
+  std::mutex mutex_;
+  std::list<Entry> plans_;  // most recent first
+};
+
+}  // namespace mnv4::engine

@@ -1,0 +1,250 @@
+// What a plan's steps are made of. A job is a number of units of equal cost that workers share; units of one step are
+// independent, and each output element is computed whole by one unit, so that the result has the same bits whatever
+// the number of workers.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "kernels/attention/attention.h"
+#include "kernels/conv/conv.h"
+#include "kernels/dwconv/dwconv.h"
+#include "kernels/gemm/gemm.h"
+
+namespace mnv4::engine {
+
+// Activations of one node: planes of 16 channels, [image][block][pixel][16], the last block padded with zeros.
+struct Planes {
+  int64_t offset = 0;  // floats from the arena's start
+  int64_t images = 0;
+  int64_t channels = 0;
+  int64_t height = 0;
+  int64_t width = 0;
+
+  int64_t pixels() const { return height * width; }
+  int64_t blocks() const { return div_up(channels, kPanel); }
+  int64_t plane() const { return pixels() * kPanel; }
+  int64_t image() const { return blocks() * plane(); }
+  int64_t floats() const { return images * image(); }
+};
+
+// The caller's input, strides in floats.
+struct Input {
+  const float* data;
+  ptrdiff_t image;
+  ptrdiff_t channel;
+  ptrdiff_t block;
+  ptrdiff_t row;
+  ptrdiff_t pixel;
+};
+
+// One run of a plan.
+struct Context {
+  float* arena;
+  Input input;
+  float* const* outputs;
+  // [step] seconds between the barriers, as worker 0 sees them; null where nobody asks
+  double* step_seconds;
+};
+
+class Job {
+ public:
+  Job(int64_t units, double unit_cost) : units(units), unit_cost(unit_cost) {}
+  virtual ~Job() = default;
+  // Units [begin, end); `scratch` holds scratch_floats() floats of this worker's own.
+  virtual void run(const Context& context, int64_t begin, int64_t end, float* scratch) const = 0;
+  virtual int64_t scratch_floats() const { return 0; }
+
+  const int64_t units;
+  // in multiply-adds of one core, roughly; only ratios within a step matter
+  const double unit_cost;
+};
+
+// A depthwise convolution as part of a job.
+struct Depthwise {
+  DwconvArgs args{};       // without x and y
+  const float* weight;     // [block][taps][16]
+  const float* bias;       // [block * 16]
+  bool reflect = false;    // taps outside the image mirror it
+  Planes y;
+
+  // One plane: rows [row_begin, row_end). `padded` is scratch for the mirrored plane.
+  void run(const DwconvKernel& kernel, const float* x, float* y, int64_t block, int64_t row_begin, int64_t row_end,
+           float* padded) const;
+  int64_t padded_floats() const;
+  double plane_cost() const;
+};
+
+// The caller's input to planes, for a program that doesn't begin with a dense convolution; a unit is an input row.
+class InputJob : public Job {
+ public:
+  explicit InputJob(const Planes& y);
+  void run(const Context& context, int64_t begin, int64_t end, float* scratch) const override;
+
+ private:
+  Planes y_;
+};
+
+// Dense convolution; a unit is an output row of an image.
+class ConvJob : public Job {
+ public:
+  ConvJob(const GemmKernel& kernel, const ConvArgs& args, const Planes& y, bool from_input, const Planes& x);
+  void run(const Context& context, int64_t begin, int64_t end, float* scratch) const override;
+  int64_t scratch_floats() const override { return conv_scratch(args_); }
+
+ private:
+  const GemmKernel& kernel_;
+  ConvArgs args_;
+  Planes y_;
+  bool from_input_;
+  Planes x_;
+};
+
+// The left operand or the result of a product: planes, or rows of a plain matrix.
+struct Matrix {
+  int64_t offset = 0;
+  int64_t images = 0;
+  int64_t rows = 0;        // per image
+  ptrdiff_t image = 0;
+  ptrdiff_t row = 0;
+  ptrdiff_t panel = 0;     // between 16 columns and the next
+  int64_t columns = 0;
+
+  static Matrix of(const Planes& p);
+  static Matrix row_major(int64_t images, int64_t rows, int64_t columns);
+  int64_t floats() const { return images * image; }
+};
+
+// Pointwise convolution, and what rides on it while a panel of 16 channels is in cache.
+class PanelJob : public Job {
+ public:
+  struct Spec {
+    Matrix x;
+    Matrix y;
+    bool keep_y = true;      // else y is scratch that the rider consumes
+    int64_t depth = 0;       // rows of a packed panel
+    const float* weight = nullptr;
+    const float* bias = nullptr;
+    Activation act = Activation::kNone;
+    bool has_residual = false;
+    Matrix residual;
+    std::unique_ptr<Depthwise> dw;  // of the panel's plane
+    bool mean = false;              // of the panel's plane, over its pixels
+    Matrix mean_y;
+  };
+  PanelJob(const GemmKernel& kernel, Spec spec);
+  void run(const Context& context, int64_t begin, int64_t end, float* scratch) const override;
+  int64_t scratch_floats() const override;
+
+ private:
+  void panel(const Context& context, int64_t image, int64_t panel, int64_t row_begin, int64_t row_end,
+             float* scratch) const;
+
+  const GemmKernel& kernel_;
+  const DwconvKernel& dwconv_;
+  Spec spec_;
+  bool whole_;      // a unit is a whole panel of an image, else a tile of rows
+  int64_t tiles_;
+  std::vector<ptrdiff_t> segment_;
+};
+
+// Depthwise convolution of its own; a unit is an output row of one plane.
+class DepthwiseJob : public Job {
+ public:
+  DepthwiseJob(const DwconvKernel& kernel, const Planes& x, Depthwise dw);
+  void run(const Context& context, int64_t begin, int64_t end, float* scratch) const override;
+  int64_t scratch_floats() const override { return dw_.padded_floats(); }
+
+ private:
+  const DwconvKernel& kernel_;
+  Planes x_;
+  Depthwise dw_;
+};
+
+// Normalises a plane and downsamples it for key and for value; a unit is a plane.
+class DownsampleJob : public Job {
+ public:
+  DownsampleJob(const DwconvKernel& kernel, const Planes& x, const float* scale, const float* shift, Depthwise key,
+                Depthwise value);
+  void run(const Context& context, int64_t begin, int64_t end, float* scratch) const override;
+  int64_t scratch_floats() const override { return x_.plane(); }
+
+ private:
+  const DwconvKernel& kernel_;
+  Planes x_;
+  const float* scale_;
+  const float* shift_;
+  Depthwise key_;
+  Depthwise value_;
+};
+
+// Row-major keys [P][Dk] to the packed panels of attention's first product; a unit is a panel of an image.
+class KeyPanelsJob : public Job {
+ public:
+  KeyPanelsJob(const Matrix& key, int64_t key_dim, int64_t packed_offset);
+  void run(const Context& context, int64_t begin, int64_t end, float* scratch) const override;
+
+ private:
+  Matrix key_;
+  int64_t key_dim_;
+  int64_t packed_offset_;
+};
+
+// Scores, softmax and mix; a unit is a block of query rows of an image.
+class AttentionJob : public Job {
+ public:
+  AttentionJob(const GemmKernel& kernel, const AttentionArgs& args, int64_t images, int64_t rows, int64_t query_offset,
+               int64_t key_offset, int64_t value_offset, int64_t y_offset);
+  void run(const Context& context, int64_t begin, int64_t end, float* scratch) const override;
+  int64_t scratch_floats() const override { return attention_scratch(kernel_, args_.positions); }
+
+ private:
+  const GemmKernel& kernel_;
+  AttentionArgs args_;
+  int64_t images_;
+  int64_t rows_;
+  int64_t blocks_;
+  int64_t query_offset_, key_offset_, value_offset_, y_offset_;
+};
+
+// Mean over the pixels of each plane; a unit is a plane.
+class MeanJob : public Job {
+ public:
+  MeanJob(const Planes& x, const Matrix& y);
+  void run(const Context& context, int64_t begin, int64_t end, float* scratch) const override;
+
+ private:
+  Planes x_;
+  Matrix y_;
+};
+
+// A product of few rows; a unit is a group of panels, so that a worker keeps several streams of weights in flight.
+class LinearJob : public Job {
+ public:
+  LinearJob(const GemmKernel& kernel, const Matrix& x, const Matrix& y, const float* weight, int64_t depth,
+            const float* bias, Activation act);
+  void run(const Context& context, int64_t begin, int64_t end, float* scratch) const override;
+
+ private:
+  const GemmKernel& kernel_;
+  Matrix x_;
+  Matrix y_;
+  const float* weight_;
+  int64_t depth_;
+  const float* bias_;
+  Activation act_;
+};
+
+// The caller's NCHW result from planes or from rows; a unit is 16 channels of an image.
+class OutputJob : public Job {
+ public:
+  OutputJob(const Planes& x, int64_t index);
+  void run(const Context& context, int64_t begin, int64_t end, float* scratch) const override;
+
+ private:
+  Planes x_;
+  int64_t index_;
+};
+
+}  // namespace mnv4::engine

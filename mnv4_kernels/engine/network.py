@@ -1,0 +1,126 @@
+"""The module that `optimize` returns: programs of the engine, and timm's blocks where there is no node for them."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..ops.engine import engine_create, engine_free, engine_run
+from .program import FEATURES, RESULT
+
+
+class OptimizeError(RuntimeError):
+    """`optimize(..., strict=True)` met a piece that the engine can't run, or the model is none that it knows."""
+
+
+class ProgramPart(nn.Module):
+    """One program of the engine. Its folded arrays are what is pickled; they are packed at the first call."""
+
+    def __init__(self, program: torch.Tensor, arrays: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.program = program
+        self.arrays = arrays
+        self._engine: _Handle | None = None
+
+    def forward(self, x: torch.Tensor, tag: int = RESULT) -> list[torch.Tensor]:
+        """[N, C, H, W] -> the outputs of `tag`, float32."""
+        if self._engine is None:
+            self._engine = _Handle(engine_create(self.program, self.arrays))
+        return engine_run(self._engine.value, x, tag)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_engine": None}
+
+
+class _Handle:
+    """An engine's handle, freed with the last reference."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+        weakref.finalize(self, engine_free, value)
+
+
+class OptimizedNetwork(nn.Module):
+    """Inference only: same results as the model that it was made from, within rounding.
+
+    Args:
+        parts: in order; all but the first take the map of the one before.
+        taps: whether the results of the parts are a list of maps (features_only).
+        head: whether the last part ends in logits or features [N, K].
+        fallbacks: (module name, reason) of each piece that runs by timm's own code.
+    """
+
+    def __init__(self, parts: list[nn.Module], taps: bool, head: bool, fallbacks: list[tuple[str, str]]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.taps = taps
+        self.head = head
+        self.fallbacks = fallbacks
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """Images [N, C, H, W] -> what the model returned: logits, features, or a list of maps; in x's dtype."""
+        results = self._run(x, RESULT)
+        if self.taps:
+            return [_like(tap, x) for tap in results]
+        return _like(results[-1], x)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [N, C, H, W] -> the last stage's map."""
+        if self.taps:
+            raise RuntimeError("a features_only model has no forward_features; call the model itself")
+        return _like(self._run(x, FEATURES if self.head else RESULT)[-1], x)
+
+    def _run(self, x: torch.Tensor, tag: int) -> list[torch.Tensor]:
+        _check(x)
+        found: list[torch.Tensor] = []
+        y = x
+        last = len(self.parts) - 1
+        for index, part in enumerate(self.parts):
+            if isinstance(part, ProgramPart):
+                results = part(y, tag if index == last else RESULT)
+                # a part's last result is the next part's input; those before it are taps
+                found += results if index == last else results[:-1]
+                y = results[-1]
+            else:
+                y = part(y)
+                found += [y] if index == last or part.tap else []
+        return found
+
+    def extra_repr(self) -> str:
+        """What runs by timm's own code."""
+        return "; ".join(f"{name} runs timm's own code: {reason}" for name, reason in self.fallbacks)
+
+
+class TimmPart(nn.Module):
+    """A block without a node, run by timm's code in float32."""
+
+    def __init__(self, block: nn.Module, tap: bool) -> None:
+        super().__init__()
+        self.block = block
+        self.tap = tap
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The block's result."""
+        y: torch.Tensor = self.block(x.contiguous(memory_format=torch.channels_last))
+        return y
+
+
+def _check(x: Any) -> None:
+    if not isinstance(x, torch.Tensor) or x.dim() != 4:
+        got = f"shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ValueError(f"`x` must be a tensor [N, C, H, W], got {got}")
+    if not x.is_cpu:
+        raise ValueError(f"`x` must be on the CPU, as the engine is, got {x.device}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("an optimized network has no gradients: call it under torch.no_grad(), or use mk.patch")
+
+
+def _like(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    y = y.to(x.dtype)
+    if y.dim() == 4 and torch._prims_common.suggest_memory_format(x) == torch.channels_last:
+        return y.contiguous(memory_format=torch.channels_last)
+    return y

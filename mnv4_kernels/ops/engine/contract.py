@@ -1,0 +1,18 @@
+"""Schemas of the CPU engine's ops. They have no reference: without the C++ library there is no engine."""
+
+from __future__ import annotations
+
+import torch
+
+from .._contract import LIBRARY, NAMESPACE
+
+LIBRARY.define("engine_create(Tensor program, Tensor[] arrays) -> int")
+LIBRARY.define("engine_run(int handle, Tensor x, int tag) -> Tensor[]")
+LIBRARY.define("engine_profile(int handle, Tensor x, int tag, int repeats) -> (Tensor, Tensor, str)")
+LIBRARY.define("engine_free(int handle) -> ()")
+
+_ops = getattr(torch.ops, NAMESPACE)
+engine_create = _ops.engine_create.default
+engine_run = _ops.engine_run.default
+engine_profile = _ops.engine_profile.default
+engine_free = _ops.engine_free.default
