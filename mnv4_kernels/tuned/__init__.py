@@ -27,14 +27,9 @@ FORMAT = 1
 PROVENANCE = ("device", "command", "commit", "date", "torch", "triton", "copy_gb_s", "matmul_tflop_s")
 
 
-def directory() -> Path:
-    """Where tuned files are read: `MNV4_KERNELS_TUNED`, or the package's own."""
-    return Path(os.environ.get("MNV4_KERNELS_TUNED") or Path(__file__).parent)
-
-
-def path_of(device_name: str) -> Path:
-    """The tuned file of a device."""
-    return directory() / f"{device_name.lower().replace(' ', '_')}.json"
+def shipped(device_name: str) -> Path:
+    """The package's own file for a device."""
+    return Path(__file__).parent / f"{device_name.lower().replace(' ', '_')}.json"
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Config]]:
@@ -63,10 +58,21 @@ def write(path: Path, provenance: dict[str, Any], configs: dict[str, tuple[Confi
 
 
 @lru_cache(maxsize=8)
-def _configs(path: Path) -> dict[str, Config]:
-    return read(path)[1] if path.is_file() else {}
+def _configs(path: Path) -> tuple[str, dict[str, Config]]:
+    if not path.is_file():
+        return "", {}
+    provenance, configs = read(path)
+    return provenance["device"], configs
 
 
 def lookup(device_name: str, key: str) -> Config | None:
-    """The tuned config of `key` on a device, None where nobody has tuned it."""
-    return _configs(path_of(device_name)).get(key)
+    """The tuned config of `key` on a device, None where nobody has tuned it.
+
+    A file named by `MNV4_KERNELS_TUNED` is asked before the shipped one, if it was made on this device.
+    """
+    own = os.environ.get("MNV4_KERNELS_TUNED")
+    if own:
+        device, configs = _configs(Path(own))
+        if device == device_name and key in configs:
+            return configs[key]
+    return _configs(shipped(device_name))[1].get(key)

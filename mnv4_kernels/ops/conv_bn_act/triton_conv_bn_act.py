@@ -1,6 +1,6 @@
 """Triton kernels and launcher of `conv_bn_act`: an implicit GEMM, and one for images of a few channels."""
 
-# mypy: disallow-untyped-defs=False
+# mypy: disallow-untyped-defs=False, disable-error-code="assignment"
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _conv_bn_act_fwd_kernel(
         b_x = tl.load(p_x, mask=m_x[:, None] & m_k[None, :], other=0.0)
         b_w = tl.load(p_w + (tap * channels + c0), mask=m_n[None, :] & m_k[:, None], other=0.0)
         acc = dot(b_x, b_w, acc, PRECISION)
-    store_epilogue(acc, scale_ptr, shift_ptr, None, None, y_ptr, o_m * outputs, m_m, o_n, m_n, ACT)
+    store_epilogue(acc, scale_ptr, shift_ptr, None, None, y_ptr, o_m * outputs, m_m, i_n * BLOCK_N, outputs, ACT)
 
 
 @triton.jit
@@ -146,7 +146,7 @@ def _conv_bn_act_gathered_fwd_kernel(
         b_x = tl.load(p_x, mask=m_x, other=0.0)
         b_w = tl.load(w_ptr + o_n[None, :] * REDUCTION + o_k[:, None], mask=m_n[None, :] & m_k[:, None], other=0.0)
         acc = dot(b_x, b_w, acc, PRECISION)
-    store_epilogue(acc, scale_ptr, shift_ptr, None, None, y_ptr, o_m * outputs, m_m, o_n, m_n, ACT)
+    store_epilogue(acc, scale_ptr, shift_ptr, None, None, y_ptr, o_m * outputs, m_m, i_n * BLOCK_N, outputs, ACT)
 
 
 def build(

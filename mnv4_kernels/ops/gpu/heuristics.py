@@ -13,6 +13,9 @@ from .launch import cdiv, next_power_of_2
 DEFAULT_MULTIPROCESSORS = 132
 DEFAULT_CAPABILITY = 90
 
+#: Devices of 99 KiB shared memory a program: Ampere, Ada and Blackwell outside the data centre.
+CONSUMER_CAPABILITIES = (86, 87, 89, 120, 121)
+
 #: Ceilings of one H100 that weigh a tile's costs against each other: bf16 product and copy as measured by the
 #: project, L2 bandwidth as published microbenchmarks have it.
 MATMUL_TFLOP_S = 790.0
@@ -21,6 +24,13 @@ L2_GB_S = 5500.0
 
 #: Bytes that one lane moves at once.
 VECTOR_BYTES = 16
+
+
+def shared_memory(capability: int) -> int:
+    """Bytes of shared memory that one program may take."""
+    if capability in CONSUMER_CAPABILITIES:
+        return 99 * 1024
+    return 163 * 1024 if capability < 90 else 227 * 1024
 
 
 def channel_block(channels: int, limit: int = 64) -> int:
@@ -73,7 +83,13 @@ def _gemm_width(n: int, k: int, element_size: int) -> int:
 
 
 def gemm(
-    m: int, n: int, k: int, element_size: int, multiprocessors: int = DEFAULT_MULTIPROCESSORS, taps: int = 1
+    m: int,
+    n: int,
+    k: int,
+    element_size: int,
+    multiprocessors: int = DEFAULT_MULTIPROCESSORS,
+    capability: int = DEFAULT_CAPABILITY,
+    taps: int = 1,
 ) -> GemmConfig:
     """The cheapest tile that still fills the device; reduction steps of 128 bytes, less where k is short."""
     if m <= 16:
@@ -81,14 +97,16 @@ def gemm(
         return GemmConfig(warps=4, stages=4, block_m=16, block_n=16, block_k=256 // element_size, group_m=1)
     block_k = max(16, min(128 // element_size, next_power_of_2(k)))
     block_n = _gemm_width(n, k * taps, element_size)
-    # 128 x 256 spills on sm_90 once a residual is added in the epilogue
-    block_m = min(128, 128 * 128 // block_n)
+    block_m = 128
     while block_m > 32 and cdiv(m, block_m) * cdiv(n, block_n) < multiprocessors:
         block_m //= 2
     while block_n > 32 and cdiv(m, block_m) * cdiv(n, block_n) < multiprocessors:
         block_n //= 2
     warps = 8 if block_m * block_n >= 128 * 128 else 4
-    return GemmConfig(warps=warps, stages=3, block_m=block_m, block_n=block_n, block_k=block_k)
+    stages = 3
+    while stages > 1 and stages * (block_m + block_n) * block_k * element_size > shared_memory(capability):
+        stages -= 1
+    return GemmConfig(warps=warps, stages=stages, block_m=block_m, block_n=block_n, block_k=block_k)
 
 
 def depthwise_gemm(
@@ -96,17 +114,14 @@ def depthwise_gemm(
     n: int,
     element_size: int,
     multiprocessors: int = DEFAULT_MULTIPROCESSORS,
-    capability: int = DEFAULT_CAPABILITY,
 ) -> DepthwiseGemmConfig:
-    """All output channels in one tile where registers allow, because each further tile computes the depthwise again.
+    """All output channels in one tile up to 256, because each further tile computes the depthwise again.
 
-    Two rows halve the loads of the depthwise. Beside 256 columns of accumulators there is room for one
-    row only, and on sm_80 not even for that: there 128 columns and two rows spill nothing.
+    Two rows halve the loads of the depthwise and share each weight tile.
     """
     batch, _, out_h, out_w = shape
-    wide = n > 128 and capability >= 90
-    block_n = 256 if wide else max(16, min(128, next_power_of_2(n)))
-    rows = 1 if wide or out_h == 1 else 2
+    block_n = max(16, min(256, next_power_of_2(n)))
+    rows = 1 if out_h == 1 else 2
     columns = 64
     while columns > 16 and cdiv(batch * cdiv(out_h, rows) * out_w, columns) * cdiv(n, block_n) < multiprocessors:
         columns //= 2
@@ -127,10 +142,21 @@ def kv(m: int, depth: int, element_size: int, multiprocessors: int = DEFAULT_MUL
 
 
 def attention(
-    queries: int, keys: int, depth: int, batch: int, multiprocessors: int = DEFAULT_MULTIPROCESSORS
+    queries: int,
+    keys: int,
+    depth: int,
+    batch: int,
+    element_size: int,
+    multiprocessors: int = DEFAULT_MULTIPROCESSORS,
+    capability: int = DEFAULT_CAPABILITY,
 ) -> AttentionConfig:
     """All keys in one block up to 256; several query tiles a program once every multiprocessor has work."""
     block_keys = max(16, min(256, next_power_of_2(keys)))
+    # keys, values and a tile of scores lie in shared memory; with half of it free a second program fits
+    while block_keys > 64 and block_keys * max(16, next_power_of_2(depth)) * 2 * element_size > (
+        shared_memory(capability) // 2
+    ):
+        block_keys //= 2
     block_queries = 64 if block_keys <= 128 else 32
     tiles = 1
     while tiles < 8 and batch * cdiv(queries, block_queries * tiles * 2) >= 2 * multiprocessors:

@@ -12,9 +12,6 @@ from .config import Config
 #: Element offsets above this need 64-bit addressing.
 INT32_EXTENT = 2**31 - 1
 
-#: dtypes that the kernels compute in; float64 keeps the reference.
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 @dataclass(frozen=True)
 class Launch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -10,14 +12,38 @@ from ... import tuned
 from . import heuristics
 from .config import AnyConfig, AttentionConfig, DepthwiseConfig, DepthwiseGemmConfig, GemmConfig, PoolConfig
 
+#: Capability and multiprocessors that heuristics assume for tensors on no GPU.
+_ASSUMED = [(heuristics.DEFAULT_CAPABILITY, heuristics.DEFAULT_MULTIPROCESSORS)]
+
+
+@contextmanager
+def assume(capability: int, multiprocessors: int = heuristics.DEFAULT_MULTIPROCESSORS) -> Iterator[None]:
+    """Within, tensors on no GPU get the configs of a GPU of this compute capability (80, 86, 90, 100)."""
+    _ASSUMED.append((capability, multiprocessors))
+    _forget()
+    try:
+        yield
+    finally:
+        _ASSUMED.pop()
+        _forget()
+
 
 @lru_cache(maxsize=16)
 def _device(device: torch.device) -> tuple[str | None, int, int]:
-    """(name, multiprocessors, capability); a device that is not a GPU has no name and the defaults."""
+    """(name, multiprocessors, capability); a device that is not a GPU has no name and what is assumed."""
     if device.type != "cuda":
-        return None, heuristics.DEFAULT_MULTIPROCESSORS, heuristics.DEFAULT_CAPABILITY
+        capability, multiprocessors = _ASSUMED[-1]
+        return None, multiprocessors, capability
     properties = torch.cuda.get_device_properties(device)
     return properties.name, properties.multi_processor_count, 10 * properties.major + properties.minor
+
+
+def _forget() -> None:
+    """Empties every cache of a choice."""
+    for choice in (
+        _device, depthwise_config, gemm_config, depthwise_gemm_config, kv_config, attention_config, pool_config
+    ):  # fmt: skip
+        choice.cache_clear()
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -49,7 +75,7 @@ def depthwise_config(
 def gemm_config(op: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, taps: int = 1) -> GemmConfig:
     """Config of an [m, k] x [k, n] product of `op`, with `taps` reductions of length k."""
     found = _tuned(GemmConfig, device, f"{op}/{dtype_name(dtype)}/m{m}n{n}k{k}t{taps}")
-    return found or heuristics.gemm(m, n, k, dtype.itemsize, _device(device)[1], taps)
+    return found or heuristics.gemm(m, n, k, dtype.itemsize, *_device(device)[1:], taps=taps)
 
 
 @lru_cache(maxsize=4096)
@@ -65,7 +91,7 @@ def depthwise_gemm_config(
     """Config of a depthwise convolution with output `shape` [N, C, OH, OW] inside a GEMM with n outputs."""
     key = f"{op}/{dtype_name(dtype)}/{'x'.join(map(str, shape))}/n{n}k{kernel[0]}s{stride[0]}"
     found = _tuned(DepthwiseGemmConfig, device, key)
-    return found or heuristics.depthwise_gemm(shape, n, dtype.itemsize, *_device(device)[1:])
+    return found or heuristics.depthwise_gemm(shape, n, dtype.itemsize, _device(device)[1])
 
 
 @lru_cache(maxsize=4096)
@@ -81,7 +107,7 @@ def attention_config(
 ) -> AttentionConfig:
     """Config of `mqa` over `queries` rows (positions times heads) and `keys` keys of one image."""
     found = _tuned(AttentionConfig, device, f"mqa/{dtype_name(dtype)}/b{batch}q{queries}p{keys}d{depth}")
-    return found or heuristics.attention(queries, keys, depth, batch, _device(device)[1])
+    return found or heuristics.attention(queries, keys, depth, batch, dtype.itemsize, *_device(device)[1:])
 
 
 @lru_cache(maxsize=4096)

@@ -1,0 +1,130 @@
+"""Predicted GPU times of the twelve models, from the traffic model: nothing here was measured.
+
+    python benchmarks/gpu_predictions.py --write
+
+Writes `results/gpu_predictions.json` and `.md`, for the first run on a device to confirm or correct.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from gpu_shapes import MODELS, AttentionShape, Block, ConvShape, HeadShape, blocks
+
+from mnv4_kernels.ops.gpu import gate, heuristics, traffic
+from mnv4_kernels.ops.gpu.gate import UibShape
+from mnv4_kernels.ops.gpu.traffic import Ceilings, Cost
+
+RESULTS = Path(__file__).resolve().parent / "results"
+BATCHES = (1, 8, 64, 256)
+
+
+def _conv(shape: ConvShape, size: int) -> list[Cost]:
+    out = -(-shape.height // shape.stride) * -(-shape.width // shape.stride)
+    m, taps = shape.batch * out, shape.kernel**2
+    k, taps = (shape.channels * taps, 1) if shape.image else (shape.channels, taps)
+    config = heuristics.gemm(m, shape.outputs, k, size, taps=taps)
+    cost = traffic.gemm(m, shape.outputs, k, size, config, shape.residual, taps)
+    # the taps of a pixel come from L2: memory reads the image once
+    read = size * shape.batch * shape.channels * shape.height * shape.width
+    memory = read + size * (m * shape.outputs * (2 if shape.residual else 1) + shape.outputs * k * taps)
+    return [Cost(**{**asdict(cost), "memory": float(memory)})]
+
+
+def _attention(shape: AttentionShape, size: int) -> list[Cost]:
+    batch, channels, depth = shape.batch, shape.channels, max(shape.key_depth, shape.value_depth)
+    positions = shape.height * shape.width
+    keys = -(-shape.height // shape.stride) * -(-shape.width // shape.stride)
+    m = batch * positions
+    inner = shape.heads * depth
+    taps = 9 if shape.stride > 1 else 1
+    queries = positions * shape.heads
+    config = heuristics.attention(queries, keys, depth, batch, size)
+    kv = heuristics.kv(batch * keys, depth, size)
+    return [
+        traffic.kv(batch, channels, (shape.height, shape.width), keys, depth, taps, size, kv),
+        traffic.gemm(m, inner, channels, size, heuristics.gemm(m, inner, channels, size)),
+        traffic.attention(batch, queries, keys, depth, size, config),
+        traffic.gemm(m, channels, inner, size, heuristics.gemm(m, channels, inner, size), residual=True),
+    ]
+
+
+def _head(shape: HeadShape, size: int) -> list[Cost]:
+    read = float(size * shape.batch * shape.channels * shape.height * shape.width)
+    pool = Cost(read, read, read, 0.0, read / size, shape.batch * -(-shape.channels // 64))
+    products = ((shape.features, shape.channels), (shape.classes, shape.features))
+    configs = [heuristics.gemm(shape.batch, n, k, size) for n, k in products]
+    return [pool, *(traffic.gemm(shape.batch, n, k, size, c) for (n, k), c in zip(products, configs, strict=True))]
+
+
+def costs(block: Block, size: int, fused: bool) -> list[Cost]:
+    """The launches of a block: those of the gate's plan, or of the unfused one."""
+    shape = block.shape
+    if isinstance(shape, UibShape):
+        plan = gate.uib(shape, size).plan if fused else gate.uib_plans(shape, size)[0]
+        return [step.cost for step in plan.steps]
+    if isinstance(shape, ConvShape):
+        return _conv(shape, size)
+    return _attention(shape, size) if isinstance(shape, AttentionShape) else _head(shape, size)
+
+
+def row(model: str, batch: int, size: int = 2) -> dict[str, Any]:
+    """One model and batch: predicted microseconds and bytes with the gate's plans and without any fusion."""
+    ceilings = Ceilings().for_element_size(size)
+    found: dict[str, Any] = {"model": model, "batch": batch, "dtype": "bfloat16" if size == 2 else "tf32"}
+    for name, fused in (("plan", True), ("unfused", False)):
+        each = [cost for block in blocks(model, batch) for cost in costs(block, size, fused)]
+        found[f"{name}_us"] = round(sum(cost.us(ceilings) for cost in each), 1)
+        found[f"{name}_mib"] = round(sum(cost.memory for cost in each) / 2**20, 1)
+        found[f"{name}_launches"] = len(each)
+    shapes = [block.shape for block in blocks(model, batch) if isinstance(block.shape, UibShape)]
+    decisions = [gate.uib(shape, size) for shape in shapes]
+    found["uib_blocks"] = len(decisions)
+    found["fused_blocks"] = sum(decision.plan.name != "unfused" for decision in decisions)
+    return found
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table, headed by what it is."""
+    lines = [
+        "# Predicted, not measured",
+        "",
+        "From the traffic model (`mnv4_kernels/ops/gpu/traffic.py`) with the ceilings of one H100: copy 3.0 TB/s and",
+        "matrix product 790 TFLOP/s as measured by the project, the others assumed. No kernel of this table has run on",
+        "a GPU. `plan` is what the gate chooses, `unfused` the same kernels with no fusion; a launch inside",
+        "a CUDA graph is taken to cost 1.5 us. `python benchmarks/gpu_predictions.py --write` makes this file.",
+        "",
+        "| model | batch | dtype | plan us | unfused us | plan MiB | unfused MiB | launches | fused blocks |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r['model']} | {r['batch']} | {r['dtype']} | {r['plan_us']} | {r['unfused_us']} | {r['plan_mib']} "
+            f"| {r['unfused_mib']} | {r['plan_launches']} | {r['fused_blocks']} of {r['uib_blocks']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Prints the table; writes it where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--write", action="store_true", help="write results/gpu_predictions.{json,md}")
+    arguments = parser.parse_args()
+    rows = [row(model, batch) for model in arguments.models for batch in BATCHES]
+    print(markdown(rows))
+    if arguments.write:
+        RESULTS.mkdir(exist_ok=True)
+        data = {"measured": False, "ceilings": asdict(Ceilings()), "rows": rows}
+        (RESULTS / "gpu_predictions.json").write_text(json.dumps(data, indent=1) + "\n")
+        (RESULTS / "gpu_predictions.md").write_text(markdown(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

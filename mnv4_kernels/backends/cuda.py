@@ -1,0 +1,101 @@
+"""The Triton kernels: registered for CUDA without importing Triton, loaded by the first call that needs one.
+
+They are plain implementations of the ops' schemas (`define` / `impl`), not `triton_op`s: one contract serves
+every device, and a compiled graph calls the op as eager does. What that costs against a decomposed
+`triton_op` has to be measured on a device; it was not yet.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+#: op -> the module, below `mnv4_kernels.ops`, that implements it
+KERNELS = {
+    "conv_bn_act": "conv_bn_act.triton_conv_bn_act",
+    "dwconv_bn_act": "dwconv_bn_act.triton_dwconv_bn_act",
+    "dwconv_pwconv": "dwconv_pwconv.triton_dwconv_pwconv",
+    "head": "head.triton_head",
+    "kv_downsample": "kv_downsample.triton_kv_downsample",
+    "mqa": "mqa.triton_mqa",
+    "pwconv_bn_act": "pwconv_bn_act.triton_pwconv_bn_act",
+}
+
+#: what the kernels compute in; float64 keeps the references
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+#: tensor cores and the addressing that the kernels use start here
+MINIMUM_CAPABILITY = (8, 0)
+
+#: widest key, value or head of the attention kernels
+MAX_DEPTH = {"kv_downsample": 256, "mqa": 128}
+
+_OPS_PACKAGE = f"{__package__.rpartition('.')[0]}.ops"
+
+
+@functools.cache
+def reasons() -> tuple[str, ...]:
+    """Why no Triton kernel can run in this process, in sentences; empty if one can. Imports nothing."""
+    found = []
+    if importlib.util.find_spec("triton") is None:
+        found.append("Triton is not installed")
+    if not torch.cuda.is_available():
+        found.append("there is no CUDA device")
+    elif torch.cuda.get_device_capability() < MINIMUM_CAPABILITY:
+        found.append("the CUDA device is older than compute capability 8.0")
+    return tuple(found)
+
+
+def unsupported(op: str, arguments: tuple[Any, ...]) -> list[str]:
+    """Why the Triton kernel of `op` declines these arguments, in sentences; empty: it takes them."""
+    x = arguments[0]
+    found = []
+    if x.dtype not in DTYPES:
+        found.append(f"`{op}` has Triton kernels for float32, bfloat16 and float16, not for {x.dtype}")
+    if op == "kv_downsample":
+        widest = max(arguments[4].shape[0], arguments[8].shape[0])
+        if (arguments[1] is None) != (arguments[5] is None):
+            found.append("`kv_downsample` has a Triton kernel for two depthwise convolutions or none, not for one")
+    elif op == "mqa":
+        widest = max(arguments[1].shape[2], arguments[2].shape[2])
+    else:
+        return found
+    if widest > MAX_DEPTH[op]:
+        found.append(f"`{op}` has a Triton kernel for keys and values up to {MAX_DEPTH[op]} wide, not for {widest}")
+    return found
+
+
+@functools.cache
+def kernel(op: str) -> Callable[..., Any]:
+    """The Triton implementation of `op`; imports Triton."""
+    implementation: Callable[..., Any] = getattr(importlib.import_module(f"{_OPS_PACKAGE}.{KERNELS[op]}"), op)
+    return implementation
+
+
+def implementation(op: str, reference: Callable[..., Any]) -> Callable[..., Any]:
+    """What the dispatcher calls for CUDA tensors: the kernel, or the reference where the kernel declines."""
+
+    def run(*arguments: Any) -> Any:
+        if unsupported(op, arguments):
+            return reference(*arguments)
+        return kernel(op)(*arguments)
+
+    return run
+
+
+def register(library: torch.library.Library, references: Mapping[str, Callable[..., Any]]) -> list[str]:
+    """Registers every Triton kernel whose op is in `references` for CUDA; returns the names of those ops.
+
+    Without Triton nothing is registered, and the references answer.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return []
+    names = [op for op in KERNELS if op in references]
+    for op in names:
+        library.impl(op, implementation(op, references[op]), "CUDA")
+    return names

@@ -1,0 +1,170 @@
+"""The gate: which kernels a block runs, chosen from its shape and dtype by predicted time, with the reasons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from . import heuristics, traffic
+from .traffic import Ceilings, Cost
+
+#: A fusion must be predicted to save this share of the time: the model is not more exact than that.
+MARGIN = 0.03
+
+
+@dataclass(frozen=True)
+class UibShape:
+    """A UniversalInvertedResidual: kernel 0 where a depthwise convolution is missing; the stride is of dw_mid,
+    or of dw_start where there is no dw_mid."""
+
+    batch: int
+    channels: int
+    hidden: int
+    outputs: int
+    height: int
+    width: int
+    start_kernel: int = 0
+    mid_kernel: int = 0
+    start_stride: int = 1
+    mid_stride: int = 1
+    residual: bool = False
+
+    @property
+    def middle(self) -> tuple[int, int]:
+        """Height and width of the expanded tensor."""
+        return _ceil(self.height, self.start_stride), _ceil(self.width, self.start_stride)
+
+    @property
+    def out(self) -> tuple[int, int]:
+        """Height and width of the output."""
+        return _ceil(self.middle[0], self.mid_stride), _ceil(self.middle[1], self.mid_stride)
+
+
+def _ceil(size: int, stride: int) -> int:
+    return -(-size // stride)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One launch of a plan."""
+
+    op: str
+    role: str
+    cost: Cost
+    us: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The launches of a block, in order, with their predicted cost."""
+
+    name: str
+    steps: tuple[Step, ...]
+
+    @property
+    def us(self) -> float:
+        """Predicted microseconds."""
+        return sum(step.us for step in self.steps)
+
+    @property
+    def memory(self) -> float:
+        """Predicted bytes to and from memory."""
+        return sum(step.cost.memory for step in self.steps)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The plan that was chosen, and every plan that was not, with the reason."""
+
+    plan: Plan
+    declined: tuple[tuple[Plan, str], ...] = field(default=())
+
+    def explain(self) -> str:
+        """One line for the choice and one for each plan that was declined."""
+        chosen = " -> ".join(f"{step.op}({step.role})" for step in self.plan.steps)
+        lines = [f"{self.plan.name}: {chosen}; predicted {self.plan.us:.1f} us, {self.plan.memory / 2**20:.1f} MiB"]
+        lines += [f"  not {plan.name}: {reason}" for plan, reason in self.declined]
+        return "\n".join(lines)
+
+
+def _depthwise(shape: tuple[int, ...], kernel: int, stride: int, role: str, size: int, ceilings: Ceilings) -> Step:
+    kernels, strides = (kernel, kernel), (stride, stride)
+    config = heuristics.depthwise(shape, kernels, strides, size, ceilings.multiprocessors)
+    cost = traffic.depthwise(shape, kernels, strides, size, config)
+    return Step("dwconv_bn_act", role, cost, cost.us(ceilings))
+
+
+def _pointwise(m: int, n: int, k: int, residual: bool, role: str, size: int, ceilings: Ceilings) -> Step:
+    config = heuristics.gemm(m, n, k, size, ceilings.multiprocessors)
+    cost = traffic.gemm(m, n, k, size, config, residual)
+    return Step("pwconv_bn_act", role, cost, cost.us(ceilings))
+
+
+def _fused(
+    shape: tuple[int, ...], n: int, kernel: int, stride: int, residual: bool, role: str, size: int, ceilings: Ceilings
+) -> Step:
+    config = heuristics.depthwise_gemm(shape, n, size, ceilings.multiprocessors)
+    cost = traffic.depthwise_gemm(shape, n, (kernel, kernel), (stride, stride), size, config, residual)
+    return Step("dwconv_pwconv", role, cost, cost.us(ceilings))
+
+
+def _expanding(shape: UibShape, fuse: bool, size: int, ceilings: Ceilings) -> list[Step]:
+    start = (shape.batch, shape.channels, *shape.middle)
+    if fuse:
+        return [
+            _fused(
+                start, shape.hidden, shape.start_kernel, shape.start_stride, False, "dw_start + pw_exp", size, ceilings
+            )
+        ]
+    m = shape.batch * shape.middle[0] * shape.middle[1]
+    expand = _pointwise(m, shape.hidden, shape.channels, False, "pw_exp", size, ceilings)
+    if not shape.start_kernel:
+        return [expand]
+    return [_depthwise(start, shape.start_kernel, shape.start_stride, "dw_start", size, ceilings), expand]
+
+
+def _projecting(shape: UibShape, fuse: bool, size: int, ceilings: Ceilings) -> list[Step]:
+    mid = (shape.batch, shape.hidden, *shape.out)
+    if fuse:
+        return [
+            _fused(
+                mid, shape.outputs, shape.mid_kernel, shape.mid_stride, shape.residual, "dw_mid + pw_proj", size,
+                ceilings,
+            )
+        ]  # fmt: skip
+    m = shape.batch * shape.out[0] * shape.out[1]
+    project = _pointwise(m, shape.outputs, shape.hidden, shape.residual, "pw_proj", size, ceilings)
+    if not shape.mid_kernel:
+        return [project]
+    return [_depthwise(mid, shape.mid_kernel, shape.mid_stride, "dw_mid", size, ceilings), project]
+
+
+def uib_plans(shape: UibShape, element_size: int = 2, ceilings: Ceilings | None = None) -> list[Plan]:
+    """Every plan that the kernels can run for a block, the unfused one first."""
+    ceilings = (ceilings or Ceilings()).for_element_size(element_size)
+    plans = []
+    for fuse_start in (False, True) if shape.start_kernel else (False,):
+        for fuse_mid in (False, True) if shape.mid_kernel else (False,):
+            names = [name for name, fused in (("dw_start", fuse_start), ("dw_mid", fuse_mid)) if fused]
+            steps = _expanding(shape, fuse_start, element_size, ceilings)
+            steps += _projecting(shape, fuse_mid, element_size, ceilings)
+            plans.append(Plan(f"{' and '.join(names)} fused" if names else "unfused", tuple(steps)))
+    return plans
+
+
+@lru_cache(maxsize=1024)
+def uib(shape: UibShape, element_size: int = 2, ceilings: Ceilings | None = None) -> Decision:
+    """The fastest plan of a block by prediction; a fusion that saves less than `MARGIN` is declined."""
+    plans = uib_plans(shape, element_size, ceilings)
+    best = plans[0]
+    for plan in plans[1:]:
+        if plan.us < best.us * (1 - MARGIN):
+            best = plan
+    declined = tuple((plan, _reason(plan, best)) for plan in plans if plan is not best)
+    return Decision(best, declined)
+
+
+def _reason(plan: Plan, best: Plan) -> str:
+    if plan.us < best.us:
+        return f"predicted {plan.us:.1f} us saves less than {MARGIN:.0%} of {best.us:.1f} us"
+    return f"predicted {plan.us:.1f} us, {plan.memory / 2**20:.1f} MiB, against {best.us:.1f} us"
