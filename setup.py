@@ -161,7 +161,7 @@ class NinjaBuild(build_ext):
             return
         # apart, so that a checkout's quick rebuilds and pip's isolated builds (other paths
         # to torch) don't undo each other's objects
-        flavour = "inplace" if self.inplace else "wheel"
+        flavour = "inplace" if self.inplace or self.editable_mode else "wheel"
         flavour += os.environ.get("MNV4_KERNELS_SANITIZE", "").replace(",", "-")
         build_dir = Path(self.build_temp).resolve() / f"ninja-{flavour}"
         build_dir.mkdir(parents=True, exist_ok=True)
