@@ -70,6 +70,14 @@ def unsupported(op: str, arguments: tuple[Any, ...]) -> list[str]:
     return found
 
 
+def reasons_for(op: str, *arguments: Any) -> list[str]:
+    """Why the Triton kernel of `op` does not answer this call: of the process, the device, the arguments."""
+    found = list(reasons())
+    if not arguments[0].is_cuda:
+        found.append(f"the tensors are on {arguments[0].device}; the Triton kernels run on cuda")
+    return found + unsupported(op, arguments)
+
+
 @functools.cache
 def kernel(op: str) -> Callable[..., Any]:
     """The Triton implementation of `op`; imports Triton."""

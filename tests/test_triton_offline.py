@@ -1,0 +1,121 @@
+"""Every config, compiled for GPUs that are not there: a spill or too much shared memory fails."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from mnv4_kernels.ops.gpu import offline
+from mnv4_kernels.ops.gpu.config import GemmConfig
+from mnv4_kernels.ops.gpu.launch import Launch
+from mnv4_kernels.ops.gpu.select import assume
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+#: one launch of each kernel, at shapes where registers are tight
+FAMILIES = ("conv_bn_act", "stem", "dwconv_bn_act", "dwconv_pwconv", "head", "kv_downsample", "mqa", "pwconv_bn_act")
+
+
+def _nhwc(*size: int) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.bfloat16, device="meta").to(memory_format=torch.channels_last)
+
+
+def _launches(family: str) -> list[Launch]:
+    from mnv4_kernels.ops.conv_bn_act import triton_conv_bn_act as conv
+    from mnv4_kernels.ops.dwconv_bn_act import triton_dwconv_bn_act as depthwise
+    from mnv4_kernels.ops.dwconv_pwconv import triton_dwconv_pwconv as fused
+    from mnv4_kernels.ops.head import triton_head as head
+    from mnv4_kernels.ops.kv_downsample import triton_kv_downsample as kv
+    from mnv4_kernels.ops.mqa import triton_mqa as attention
+    from mnv4_kernels.ops.pwconv_bn_act import triton_pwconv_bn_act as pointwise
+
+    def channels(count: int) -> torch.Tensor:
+        return torch.empty(count, device="meta")
+
+    same = ([1, 1], [2, 2, 2, 2], [1, 1])
+    down = (_nhwc(160, 1, 3, 3), channels(160), channels(160), _nhwc(64, 160, 1, 1))
+    key = torch.empty(64, 64, 64, dtype=torch.bfloat16, device="meta")
+    x, wide = _nhwc(64, 160, 16, 16), _nhwc(64, 640, 16, 16)
+    image = torch.empty(64, 3, 224, 224, dtype=torch.bfloat16, device="meta")
+    two = ([2, 2], [1, 1, 1, 1], [1, 1])
+    builds: dict[str, Callable[[], tuple[object, list[Launch]]]] = {
+        "conv_bn_act": lambda: conv.build(
+            _nhwc(64, 48, 64, 64), _nhwc(192, 48, 3, 3), channels(192), channels(192), *two, "relu"
+        ),
+        "stem": lambda: conv.build(image, _nhwc(32, 3, 3, 3), channels(32), channels(32), *two, "relu"),
+        "dwconv_bn_act": lambda: depthwise.build(
+            wide, _nhwc(640, 1, 5, 5), channels(640), channels(640), *same, "relu"
+        ),
+        "dwconv_pwconv": lambda: fused.build(
+            wide, _nhwc(640, 1, 5, 5), channels(640), channels(640), *same, "gelu",
+            _nhwc(160, 640, 1, 1), channels(160), channels(160), "none", channels(160), x,
+        ),
+        "head": lambda: head.build(
+            _nhwc(64, 960, 7, 7), _nhwc(1280, 960, 1, 1), channels(1280), channels(1280), "relu",
+            _nhwc(1000, 1280, 1, 1)[:, :, 0, 0], channels(1000),
+        ),
+        "kv_downsample": lambda: kv.build(x, *down, *down, *two),
+        "mqa": lambda: attention.build(_nhwc(64, 256, 16, 16), key, key, 4, 0.125),
+        "pwconv_bn_act": lambda: pointwise.build(
+            wide, _nhwc(160, 640, 1, 1), channels(160), channels(160), "relu", channels(160), x
+        ),
+    }  # fmt: skip
+    return builds[family]()[1]
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_heuristic_config_of_a_kernel_neither_spills_nor_overflows_shared_memory(
+    family: str, capability: int
+) -> None:
+    with assume(capability):
+        for launch in _launches(family):
+            used = offline.resources(launch, capability)
+            assert not used.problems(), f"{launch.kernel.__name__} {launch.config}"
+            assert 0 < used.registers <= 255
+
+
+def test_a_config_that_spills_is_seen() -> None:
+    (launch,) = _launches("pwconv_bn_act")
+    crowded = GemmConfig(warps=4, stages=2, block_m=256, block_n=128, block_k=64)
+    constants = launch.constants | {"BLOCK_M": 256, "BLOCK_N": 128, "BLOCK_K": 64}
+    spilling = Launch(launch.kernel, launch.grid, launch.arguments, constants, crowded)
+    (problem,) = offline.resources(spilling, 90).problems()
+    assert problem.startswith("spills ")
+
+
+def test_too_much_shared_memory_is_seen() -> None:
+    assert offline.Resources(100, 0, 228 * 1024).problems() == ["takes 233472 bytes of shared memory, more than 232448"]
+    assert offline.Resources(100, 0, 100 * 1024).problems(offline.CONSUMER_SHARED_LIMIT)
+    assert not offline.Resources(100, 0, 99 * 1024).problems(offline.CONSUMER_SHARED_LIMIT)
+
+
+@pytest.mark.parametrize(("family", "instruction"), [("pwconv_bn_act", "wgmma.mma_async"), ("mqa", "wgmma.mma_async")])
+def test_a_hopper_binary_multiplies_with_warp_groups(family: str, instruction: str) -> None:
+    (launch,) = _launches(family)
+    assert instruction in offline.compile_launch(launch, 90).asm["ptx"]
+
+
+def test_the_depthwise_reads_sixteen_bytes_at_a_time_and_each_row_once_a_kernel_column() -> None:
+    (launch,) = _launches("dwconv_bn_act")
+    ptx = offline.compile_launch(launch, 90).asm["ptx"]
+    loads = [line for line in ptx.splitlines() if "ld.global" in line]
+    assert all(".v4." in line for line in loads)
+    rows = launch.config.rows + 4
+    # rows of x, five taps of one kernel column, scale and shift as float32
+    assert len(loads) == rows + 5 + 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 86, 90, 100])
+def test_every_config_of_the_twelve_models_neither_spills_nor_overflows(capability: int) -> None:
+    command = [sys.executable, str(BENCHMARKS / "gpu_offline.py"), "--capabilities", str(capability)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
