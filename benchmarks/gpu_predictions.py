@@ -67,7 +67,7 @@ def costs(block: Block, size: int, fused: bool) -> list[Cost]:
     shape = block.shape
     if isinstance(shape, UibShape):
         plan = gate.uib(shape, size).plan if fused else gate.uib_plans(shape, size)[0]
-        return [step.cost for step in plan.steps]
+        return [step.cost for step in plan.steps] * plan.repeats
     if isinstance(shape, ConvShape):
         return _conv(shape, size)
     return _attention(shape, size) if isinstance(shape, AttentionShape) else _head(shape, size)

@@ -14,7 +14,8 @@ from mnv4_kernels.ops._contract import REFERENCES
 
 
 def test_every_op_with_a_kernel_has_a_contract_and_a_reference() -> None:
-    import mnv4_kernels.ops.dwconv_pwconv  # noqa: F401
+    import mnv4_kernels.ops.dwconv_pwconv
+    import mnv4_kernels.ops.uib  # noqa: F401
 
     assert set(cuda.KERNELS) <= set(REFERENCES)
 

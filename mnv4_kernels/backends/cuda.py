@@ -24,6 +24,7 @@ KERNELS = {
     "kv_downsample": "kv_downsample.triton_kv_downsample",
     "mqa": "mqa.triton_mqa",
     "pwconv_bn_act": "pwconv_bn_act.triton_pwconv_bn_act",
+    "uib": "uib.triton_uib",
 }
 
 #: what the kernels compute in; float64 keeps the references

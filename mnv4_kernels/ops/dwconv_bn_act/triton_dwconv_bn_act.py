@@ -79,11 +79,14 @@ def build(
     packed: torch.Tensor | None = None,
     config: DepthwiseConfig | None = None,
     int64: bool | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, list[Launch]]:
-    """The result, in channels_last memory and not yet written, and the launches that write it."""
+    """The result, `out` or new, in channels_last memory and not yet written, and the launches that write it."""
     x = nhwc(x)
     kernel_size = (weight.shape[2], weight.shape[3])
-    y = empty_like_conv(x, weight.shape[0], kernel_size, stride, padding, dilation, torch.channels_last)
+    y = out
+    if y is None:
+        y = empty_like_conv(x, weight.shape[0], kernel_size, stride, padding, dilation, torch.channels_last)
     batch, channels, out_h, out_w = y.shape
     if y.numel() == 0:
         return y, []

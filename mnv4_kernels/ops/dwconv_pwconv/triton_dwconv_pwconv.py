@@ -129,12 +129,15 @@ def build(
     residual: torch.Tensor | None,  # [N, K, OH, OW]
     config: DepthwiseGemmConfig | None = None,
     int64: bool | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, list[Launch]]:
-    """The result, in channels_last memory and not yet written, and the launches that write it."""
+    """The result, `out` or new, in channels_last memory and not yet written, and the launches that write it."""
     x = nhwc(x)
     channels = x.shape[1]
     kernel_size = (dw_weight.shape[2], dw_weight.shape[3])
-    y = empty_like_conv(x, weight.shape[0], kernel_size, stride, padding, dilation, torch.channels_last)
+    y = out
+    if y is None:
+        y = empty_like_conv(x, weight.shape[0], kernel_size, stride, padding, dilation, torch.channels_last)
     batch, outputs, out_h, out_w = y.shape
     if y.numel() == 0:
         return y, []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from . import heuristics, traffic
@@ -56,20 +56,32 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """The launches of a block, in order, with their predicted cost."""
+    """The launches of a block for `images` images at a time, in order, with their predicted cost.
+
+    With fewer images than the batch, the launches repeat over one scratch tensor, which stays in L2.
+    """
 
     name: str
     steps: tuple[Step, ...]
+    fuse_start: bool
+    fuse_mid: bool
+    images: int
+    repeats: int
 
     @property
     def us(self) -> float:
         """Predicted microseconds."""
-        return sum(step.us for step in self.steps)
+        return self.repeats * sum(step.us for step in self.steps)
 
     @property
     def memory(self) -> float:
         """Predicted bytes to and from memory."""
-        return sum(step.cost.memory for step in self.steps)
+        return self.repeats * sum(step.cost.memory for step in self.steps)
+
+    @property
+    def launches(self) -> int:
+        """Kernels launched."""
+        return self.repeats * len(self.steps)
 
 
 @dataclass(frozen=True)
@@ -82,7 +94,9 @@ class Decision:
     def explain(self) -> str:
         """One line for the choice and one for each plan that was declined."""
         chosen = " -> ".join(f"{step.op}({step.role})" for step in self.plan.steps)
-        lines = [f"{self.plan.name}: {chosen}; predicted {self.plan.us:.1f} us, {self.plan.memory / 2**20:.1f} MiB"]
+        times = f", {self.plan.repeats} times {self.plan.images} images" if self.plan.repeats > 1 else ""
+        cost = f"predicted {self.plan.us:.1f} us, {self.plan.memory / 2**20:.1f} MiB"
+        lines = [f"{self.plan.name}: {chosen}{times}; {cost}"]
         lines += [f"  not {plan.name}: {reason}" for plan, reason in self.declined]
         return "\n".join(lines)
 
@@ -139,16 +153,54 @@ def _projecting(shape: UibShape, fuse: bool, size: int, ceilings: Ceilings) -> l
     return [_depthwise(mid, shape.mid_kernel, shape.mid_stride, "dw_mid", size, ceilings), project]
 
 
+def _intermediates(shape: UibShape, fuse_start: bool, fuse_mid: bool) -> list[int]:
+    """Elements an image of each tensor between two launches."""
+    found = []
+    if shape.start_kernel and not fuse_start:
+        found.append(shape.channels * shape.middle[0] * shape.middle[1])
+    found.append(shape.hidden * shape.middle[0] * shape.middle[1])
+    if shape.mid_kernel and not fuse_mid:
+        found.append(shape.hidden * shape.out[0] * shape.out[1])
+    return found
+
+
+def _resident(steps: list[Step], between: list[int], budget: float, ceilings: Ceilings) -> tuple[Step, ...]:
+    """The steps without the memory traffic of the tensors between them that stay in L2 until they are read."""
+    kept = list(steps)
+    for index, size in enumerate(between):
+        # the writer's and the reader's other tensors pass through L2 as well: hence the budget of half of it
+        if size > budget:
+            continue
+        for position in (index, index + 1):
+            cost = replace(kept[position].cost, memory=max(0.0, kept[position].cost.memory - size))
+            kept[position] = replace(kept[position], cost=cost, us=cost.us(ceilings))
+    return tuple(kept)
+
+
 def uib_plans(shape: UibShape, element_size: int = 2, ceilings: Ceilings | None = None) -> list[Plan]:
-    """Every plan that the kernels can run for a block, the unfused one first."""
+    """Every plan that the kernels can run for a block, the unfused one of the whole batch first.
+
+    Where the tensors between the launches overflow L2, each fusion is also planned for as many images at a
+    time as fit half of it: more launches, but the expanded tensor never reaches memory.
+    """
     ceilings = (ceilings or Ceilings()).for_element_size(element_size)
+    budget = ceilings.l2_bytes / 2
     plans = []
     for fuse_start in (False, True) if shape.start_kernel else (False,):
         for fuse_mid in (False, True) if shape.mid_kernel else (False,):
-            names = [name for name, fused in (("dw_start", fuse_start), ("dw_mid", fuse_mid)) if fused]
-            steps = _expanding(shape, fuse_start, element_size, ceilings)
-            steps += _projecting(shape, fuse_mid, element_size, ceilings)
-            plans.append(Plan(f"{' and '.join(names)} fused" if names else "unfused", tuple(steps)))
+            fused = [name for name, fuse in (("dw_start", fuse_start), ("dw_mid", fuse_mid)) if fuse]
+            name = f"{' and '.join(fused)} fused" if fused else "unfused"
+            between = [count * element_size for count in _intermediates(shape, fuse_start, fuse_mid)]
+            images = max(1, int(budget // max(between)))
+            choices = [(shape.batch, name)]
+            if images < shape.batch:
+                choices.append((images, f"{name}, expanded tensor in L2"))
+            for count, label in choices:
+                part = replace(shape, batch=count)
+                steps = _expanding(part, fuse_start, element_size, ceilings)
+                steps += _projecting(part, fuse_mid, element_size, ceilings)
+                kept = _resident(steps, [size * count for size in between], budget, ceilings)
+                plans.append(Plan(label, kept, fuse_start, fuse_mid, count, _ceil(shape.batch, count)))
     return plans
 
 

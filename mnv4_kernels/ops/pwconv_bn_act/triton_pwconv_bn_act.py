@@ -115,11 +115,14 @@ def build(
     packed: torch.Tensor | None = None,
     config: GemmConfig | None = None,
     int64: bool | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, list[Launch]]:
-    """The result, in channels_last memory and not yet written, and the launches that write it."""
+    """The result, `out` or new, in channels_last memory and not yet written, and the launches that write it."""
     x = nhwc(x)
     size = (x.shape[0], weight.shape[0], x.shape[2], x.shape[3])
-    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    y = out
+    if y is None:
+        y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if y.numel() == 0:
         return y, []
     residual = None if residual is None else nhwc(residual)
