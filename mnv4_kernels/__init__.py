@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .patching import (
         PatchError,
         PatchReport,
+        VerificationError,
         explain,
         patch,
         patch_timm,
@@ -39,6 +40,7 @@ _LAZY = {
         (
             "PatchError",
             "PatchReport",
+            "VerificationError",
             "explain",
             "patch",
             "patch_timm",
@@ -55,6 +57,7 @@ _LAZY = {
 __all__ = [
     "PatchError",
     "PatchReport",
+    "VerificationError",
     "environment",
     "explain",
     "functional",

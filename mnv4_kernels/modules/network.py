@@ -2,16 +2,18 @@
 
 The stem reads the image as it comes and writes NHWC, the blocks keep it, the head reads
 it: no conversions inside. What leaves the network before the head is handed out in the
-memory format that timm would give.
+memory format in which timm would hand it out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from . import leaves
 from .dropin import DropIn
 from .head import head_steps
 from .plan import Body
@@ -73,11 +75,21 @@ class _Network(DropIn):
         """True where the network's own forwards here may run: eval mode on a plain CPU tensor."""
         return not self._mnv4_obstacle(x) and not self.grad_checkpointing
 
-    def _mnv4_like_timm(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """`y` in the memory format in which timm hands out the features of `x`."""
+    def _mnv4_like_timm(self, y: torch.Tensor, x: torch.Tensor, stages: int) -> torch.Tensor:
+        """`y`, the map after so many stages, in the memory format in which timm hands it out for the input `x`."""
         conv: Any = self._modules["conv_stem"]
-        nhwc = torch.channels_last in (_memory_format(x), _memory_format(conv.weight))
+        nhwc = _is_nhwc(conv.weight) or (_is_nhwc(x) and not self._mnv4_attends(stages))
         return y.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
+
+    @property
+    def _mnv4_stages(self) -> int:
+        blocks: Any = self._modules["blocks"]
+        return len(blocks)
+
+    def _mnv4_attends(self, stages: int) -> bool:
+        """True if there is attention before: timm's ends in NCHW unless its weights are NHWC."""
+        blocks: Any = self._modules["blocks"]
+        return any(type(module) in leaves.ATTENTIONS for stage in blocks[:stages] for module in stage.modules())
 
 
 class MobileNetV3Forward(_Network):
@@ -100,14 +112,18 @@ class MobileNetV3Forward(_Network):
             return super().forward(x)
         # with gradients, recomputing block by block needs less memory than the network at once
         y = None if torch.is_grad_enabled() else self._mnv4_run(x, WHOLE)
-        return self.forward_head(self._mnv4_features(x)) if y is None else y
+        if y is not None:
+            return y
+        y = self.forward_head(self._mnv4_features(x))
+        # a head without pooling gives a map
+        return self._mnv4_like_timm(y, x, self._mnv4_stages) if y.dim() == 4 else y
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images [N, C, H, W] -> the last stage's map."""
         if not self._mnv4_whole(x):
             timm: Any = super()
             return timm.forward_features(x)
-        return self._mnv4_like_timm(self._mnv4_features(x), x)
+        return self._mnv4_like_timm(self._mnv4_features(x), x, self._mnv4_stages)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """The last stage's map -> logits [N, K], or the features before the classifier."""
@@ -115,16 +131,36 @@ class MobileNetV3Forward(_Network):
         timm: Any = super()
         return timm.forward_head(x, pre_logits) if y is None else y
 
-    def forward_intermediates(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """timm's `forward_intermediates`, run in NHWC; its signature is timm's."""
-        timm: Any = super()
-        if not self._mnv4_whole(x):
-            return timm.forward_intermediates(x, *args, **kwargs)
-        found = timm.forward_intermediates(x.contiguous(memory_format=torch.channels_last), *args, **kwargs)
-        if isinstance(found, tuple):
-            last, taps = found
-            return self._mnv4_like_timm(last, x), [self._mnv4_like_timm(tap, x) for tap in taps]
-        return [self._mnv4_like_timm(tap, x) for tap in found]
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | Sequence[int] | None = None,
+        *args: Any,
+        stop_early: bool = False,
+        intermediates_only: bool = False,
+        extra_blocks: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """timm's `forward_intermediates`: images -> (last map, taps), or the taps."""
+        blocks: Any = self._modules["blocks"]
+        ends: Any = range(len(blocks) + 1) if extra_blocks else self.stage_ends
+        taps = _chosen(ends, indices)
+        # arguments by position, a wish for another format or a wrong index: timm's to understand or to refuse
+        usual = not args and set(kwargs) <= {"norm", "output_fmt"} and kwargs.get("output_fmt", "NCHW") == "NCHW"
+        if not usual or taps is None or (stop_early and not intermediates_only) or not self._mnv4_whole(x):
+            timm: Any = super()
+            options = {"stop_early": stop_early, "intermediates_only": intermediates_only}
+            if extra_blocks:
+                options["extra_blocks"] = True
+            return timm.forward_intermediates(x, indices, *args, **options, **kwargs)
+        y = self._mnv4_stem(x)
+        found = [self._mnv4_like_timm(y, x, 0)] if 0 in taps else []
+        last = max(taps) if stop_early else len(blocks)
+        for stage, block in enumerate(blocks[:last], start=1):
+            y = block(y)
+            if stage in taps:
+                found.append(self._mnv4_like_timm(y, x, stage))
+        return found if intermediates_only else (self._mnv4_like_timm(y, x, last), found)
 
 
 class MobileNetV3FeaturesForward(_Network):
@@ -135,21 +171,18 @@ class MobileNetV3FeaturesForward(_Network):
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Images [N, C, H, W] -> one map for each tap."""
-        if not self._mnv4_whole(x):
+        # taps inside blocks are taken by hooks, which keep those blocks on timm's path
+        if not self._mnv4_whole(x) or self.feature_hooks is not None:
             return super().forward(x)
         y = self._mnv4_stem(x)
         blocks: Any = self._modules["blocks"]
-        hooks: Any = self.feature_hooks
-        if hooks is not None:
-            blocks(y)
-            return [self._mnv4_like_timm(tap, x) for tap in hooks.get_output(y.device).values()]
         taps: Any = self._stage_out_idx
-        found = [y] if 0 in taps else []
-        for index, block in enumerate(blocks, start=1):
+        found = [self._mnv4_like_timm(y, x, 0)] if 0 in taps else []
+        for stage, block in enumerate(blocks, start=1):
             y = block(y)
-            if index in taps:
-                found.append(y)
-        return [self._mnv4_like_timm(tap, x) for tap in found]
+            if stage in taps:
+                found.append(self._mnv4_like_timm(y, x, stage))
+        return found
 
 
 def _with_children(*modules: nn.Module | None) -> list[nn.Module]:
@@ -160,6 +193,16 @@ def _not_idle(module: nn.Module) -> nn.Module | None:
     return None if type(module) is nn.Identity else module
 
 
-def _memory_format(x: torch.Tensor) -> torch.memory_format:
+def _chosen(ends: Sequence[int], indices: int | Sequence[int] | None) -> list[int] | None:
+    """The stages that are tapped, of those where maps end; None for an index that there is not."""
+    if indices is None:
+        return list(ends)
+    count = len(ends)
+    if isinstance(indices, int):
+        return list(ends[count - indices :]) if 0 < indices <= count else None
+    return [ends[index] for index in indices] if all(-count <= index < count for index in indices) else None
+
+
+def _is_nhwc(x: torch.Tensor) -> bool:
     # torch's rule for convolutions: strides decide, also where sizes of one make both formats true
-    return torch._prims_common.suggest_memory_format(x)
+    return torch._prims_common.suggest_memory_format(x) is torch.channels_last

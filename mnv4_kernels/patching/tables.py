@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 
@@ -19,7 +20,10 @@ def render(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], no
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    console = Console(width=None, color_system=None)
+    console = Console(color_system=None)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        # a log file has no edge to wrap at
+        console.width = 160
     with console.capture() as capture:
         console.print(table)
         for note in notes:
