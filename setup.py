@@ -28,7 +28,11 @@ CSRC = ROOT / "csrc"
 OPS_LIBRARY = "libmnv4_kernels_ops.so"
 OPS_SOURCES = ("cpu/*.cpp", "kernels/**/*.cpp", "engine/**/*.cpp", "ops/*.cpp")
 
-COMMON_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fno-semantic-interposition", "-Wall", "-Wextra"]
+COMMON_FLAGS = [
+    *("-O3", "-std=c++20", "-fPIC", "-fno-semantic-interposition", "-Wall", "-Wextra"),
+    # error texts name sources by their place in the project, not on the machine that built it
+    f"-fmacro-prefix-map={ROOT}/=",
+]
 
 #: The oldest torch whose stable ABI the ops library may use: 2.11.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"

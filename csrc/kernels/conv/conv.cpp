@@ -40,11 +40,18 @@ struct Ring {
 };
 
 void fill_row(const ConvArgs& a, const Ring& ring, int64_t iy, float* row) {
-  std::memset(row, 0, static_cast<size_t>(ring.slot) * sizeof *row);
-  if (iy < 0 || iy >= a.height) return;
+  if (iy < 0 || iy >= a.height) {
+    std::fill_n(row, ring.planes * ring.plane, 0.0f);
+    return;
+  }
   const float* x = a.x + iy * a.x_row;
+  const int64_t left = a.pad_left * ring.plane_channels;
+  const int64_t right = (ring.width - a.pad_left - a.width) * ring.plane_channels;
   for (int64_t p = 0; p < ring.planes; ++p) {
-    float* out = row + p * ring.plane + a.pad_left * ring.plane_channels;
+    float* start = row + p * ring.plane;
+    std::fill_n(start, left, 0.0f);
+    std::fill_n(start + ring.plane - right, right, 0.0f);
+    float* out = start + left;
     if (ring.planar) {
       const float* in = x + p * a.x_channel;
       if (a.x_pixel == 1) {
@@ -61,7 +68,8 @@ void fill_row(const ConvArgs& a, const Ring& ring, int64_t iy, float* row) {
       std::memcpy(out, in, static_cast<size_t>(a.width * kPanel) * sizeof *out);
     } else {
       for (int64_t i = 0; i < a.width; ++i) {
-        std::memcpy(out + i * kPanel, in + i * a.x_pixel, static_cast<size_t>(channels) * sizeof *out);
+        std::copy_n(in + i * a.x_pixel, channels, out + i * kPanel);
+        std::fill_n(out + i * kPanel + channels, kPanel - channels, 0.0f);
       }
     }
   }

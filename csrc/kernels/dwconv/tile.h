@@ -27,35 +27,55 @@ struct DwconvRow {
   int valid;             // channels of this vector
 };
 
+// Where a tile's input columns may lie outside the image.
+enum class Edge {
+  kNone,     // nowhere
+  kLeft,     // the first K / 2 columns do
+  kRight,    // those past TW * S do
+  kBoth,
+  kRuntime,  // column_begin and column_end tell
+};
+
 // Each input column is loaded once per row of taps and feeds every output that it touches. Columns outside the image
 // are skipped, not multiplied by zero: an infinity beyond the border must not become NaN.
-template <int K, int S, int TW, bool EDGE, bool PARTIAL>
+// PIXEL is the input's pixel stride where it is known (a plane of 16 channels), so that columns are displacements.
+template <int K, int S, int TW, Edge EDGE, bool PARTIAL, int PIXEL = 0>
 MNV4_INLINE void dwconv_tile(const DwconvRow& t) {
+  constexpr int kLeft = EDGE == Edge::kLeft || EDGE == Edge::kBoth ? K / 2 : 0;
+  constexpr int kRight = EDGE == Edge::kRight || EDGE == Edge::kBoth ? K / 2 + TW * S : (TW - 1) * S + K;
+  const ptrdiff_t x_pixel = PIXEL ? PIXEL : t.x_pixel;
+  const ptrdiff_t x_row = t.x_row;
+  const int tap_end = t.tap_end;
   Vec acc[TW];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int o = 0; o < TW; ++o) acc[o] = t.bias;
-  for (int ky = t.tap_begin; ky < t.tap_end; ++ky) {
-    const float* row = t.x + ky * t.x_row;
-    const float* weight = t.weight + ky * K * kPanel;
+  const float* row = t.x + t.tap_begin * x_row;
+  const float* weight = t.weight + t.tap_begin * K * kPanel;
+#pragma GCC unroll 1
+  for (int ky = t.tap_begin; ky < tap_end; ++ky, row += x_row, weight += K * kPanel) {
     Vec w[K];
 #pragma GCC unroll 8
     for (int kx = 0; kx < K; ++kx) w[kx] = Vec::load(weight + kx * kPanel);
-#pragma GCC unroll 32
+#pragma GCC unroll 64
     for (int column = 0; column < (TW - 1) * S + K; ++column) {
-      if (EDGE && (column < t.column_begin || column >= t.column_end)) continue;
-      const float* p = row + column * t.x_pixel;
+      if (column < kLeft || column >= kRight) continue;
+      if (EDGE == Edge::kRuntime && (column < t.column_begin || column >= t.column_end)) continue;
+      const float* p = row + column * x_pixel;
       const Vec x = PARTIAL ? Vec::load(p, t.valid) : Vec::load(p);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int o = 0; o < TW; ++o) {
         const int kx = column - o * S;
         if (kx >= 0 && kx < K) acc[o] = fma(x, w[kx], acc[o]);
       }
     }
   }
-#pragma GCC unroll 8
+  if (t.act == Activation::kRelu) {
+#pragma GCC unroll 16
+    for (int o = 0; o < TW; ++o) acc[o] = max(Vec::zero(), acc[o]);
+  }
+#pragma GCC unroll 16
   for (int o = 0; o < TW; ++o) {
-    if (t.act == Activation::kRelu) acc[o] = max(Vec::zero(), acc[o]);
-    float* p = t.y + o * t.y_pixel;
+    float* p = t.y + o * (PIXEL ? PIXEL : t.y_pixel);
     if (PARTIAL) {
       acc[o].store(p, t.valid);
     } else {
@@ -72,7 +92,7 @@ __attribute__((noinline)) void activate_row(float* y, ptrdiff_t y_pixel, int64_t
   }
 }
 
-// A whole output row as tiles: 7s where they divide it (7, 14, 28, ...), else 8s, then 4, 2 and 1.
+// A whole output row of any width and padding, in tiles of 8, 4, 2 and 1 whose edges are known at run time.
 template <int K, int S, bool PARTIAL>
 void dwconv_row(DwconvRow t, int64_t out_width, int64_t width, int pad_left) {
   const float* x = t.x;
@@ -83,37 +103,41 @@ void dwconv_row(DwconvRow t, int64_t out_width, int64_t width, int pad_left) {
     t.x = x + ix * t.x_pixel;
     t.y = y + ox * t.y_pixel;
     t.column_begin = static_cast<int>(ix < 0 ? -ix : 0);
-    const auto run = [&](auto tile, auto edge_tile, int tw) {
-      const int64_t span = (tw - 1) * S + K;
-      const int64_t inside = width - ix;
-      t.column_end = static_cast<int>(inside < span ? (inside < 0 ? 0 : inside) : span);
-      if (t.column_begin > 0 || t.column_end < span) {
-        edge_tile(t);
-      } else {
-        tile(t);
-      }
-      ox += tw;
-    };
-#define MNV4_DWCONV_TILE(TW) run(dwconv_tile<K, S, TW, false, PARTIAL>, dwconv_tile<K, S, TW, true, PARTIAL>, TW)
-    if constexpr (PARTIAL) {
-      if (left >= 4) {
-        MNV4_DWCONV_TILE(4);
-      } else {
-        MNV4_DWCONV_TILE(1);
-      }
-    } else if (out_width % 7 == 0) {
-      MNV4_DWCONV_TILE(7);
-    } else if (left >= 8) {
-      MNV4_DWCONV_TILE(8);
+    // an int is enough: only columns within the tile's span are compared
+    const int64_t inside = width - ix;
+    t.column_end = static_cast<int>(inside < 64 ? inside : 64);
+    if (left >= 8 && !PARTIAL) {
+      dwconv_tile<K, S, 8, Edge::kRuntime, PARTIAL>(t);
+      ox += 8;
     } else if (left >= 4) {
-      MNV4_DWCONV_TILE(4);
-    } else if (left >= 2) {
-      MNV4_DWCONV_TILE(2);
+      dwconv_tile<K, S, 4, Edge::kRuntime, PARTIAL>(t);
+      ox += 4;
+    } else if (left >= 2 && !PARTIAL) {
+      dwconv_tile<K, S, 2, Edge::kRuntime, PARTIAL>(t);
+      ox += 2;
     } else {
-      MNV4_DWCONV_TILE(1);
+      dwconv_tile<K, S, 1, Edge::kRuntime, PARTIAL>(t);
+      ox += 1;
     }
-#undef MNV4_DWCONV_TILE
   }
+}
+
+// A whole output row of a multiple of TW pixels with the usual padding of K / 2: edges known at compile time.
+template <int K, int S, int TW, int PIXEL>
+MNV4_INLINE void dwconv_row_tiled(DwconvRow& t, int64_t out_width) {
+  const ptrdiff_t x_pixel = PIXEL ? PIXEL : t.x_pixel;
+  const ptrdiff_t y_pixel = PIXEL ? PIXEL : t.y_pixel;
+  t.x -= (K / 2) * x_pixel;
+  if (out_width == TW) return dwconv_tile<K, S, TW, Edge::kBoth, false, PIXEL>(t);
+  dwconv_tile<K, S, TW, Edge::kLeft, false, PIXEL>(t);
+  t.x += TW * S * x_pixel;
+  t.y += TW * y_pixel;
+  for (int64_t ox = TW; ox + TW < out_width; ox += TW) {
+    dwconv_tile<K, S, TW, Edge::kNone, false, PIXEL>(t);
+    t.x += TW * S * x_pixel;
+    t.y += TW * y_pixel;
+  }
+  dwconv_tile<K, S, TW, Edge::kRight, false, PIXEL>(t);
 }
 
 // Any kernel, stride and dilation, one output pixel at a time: dilated backbones and unusual kernels.
@@ -134,62 +158,101 @@ void dwconv_row_any(const DwconvArgs& a, DwconvRow t) {
   }
 }
 
-template <int K, int S>
-void dwconv_row_fixed(const DwconvArgs& a, const DwconvRow& t) {
-  if (t.valid == Vec::kWidth) {
-    dwconv_row<K, S, false>(t, a.out_width, a.width, a.pad_left);
-  } else {
-    dwconv_row<K, S, true>(t, a.out_width, a.width, a.pad_left);
+// The rows of taps of output row `oy` that are inside the image, and where the first of them begins.
+MNV4_INLINE void place_row(const DwconvArgs& a, int64_t oy, int64_t channel, DwconvRow& t) {
+  const int64_t iy = oy * a.stride_h - a.pad_top;
+  const int64_t above = iy < 0 ? div_up(-iy, a.dilation_h) : 0;
+  const int64_t inside = iy < a.height ? div_up(a.height - iy, a.dilation_h) : 0;
+  t.tap_begin = static_cast<int>(above);
+  t.tap_end = static_cast<int>(inside < a.kernel_h ? inside : a.kernel_h);
+  t.x = a.x + iy * a.x_row + channel;
+  t.y = a.y + oy * a.y_row + channel;
+}
+
+// Output rows [row_begin, row_end) of one vector of channels.
+using DwconvRowsFn = void (*)(const DwconvArgs&, DwconvRow&, int64_t, int64_t, int64_t);
+
+template <int K, int S, int TW, int PIXEL>
+void dwconv_rows_tiled(const DwconvArgs& a, DwconvRow& t, int64_t channel, int64_t row_begin, int64_t row_end) {
+  for (int64_t oy = row_begin; oy < row_end; ++oy) {
+    place_row(a, oy, channel, t);
+    dwconv_row_tiled<K, S, TW, PIXEL>(t, a.out_width);
   }
 }
 
-using DwconvRowFn = void (*)(const DwconvArgs&, const DwconvRow&);
-
-DwconvRowFn select_row(const DwconvArgs& a) {
-  const bool square = a.kernel_h == a.kernel_w && a.stride_h == a.stride_w;
-  const bool dilated = a.dilation_w != 1;
-  if (square && !dilated) {
-    const int key = a.kernel_w * 10 + a.stride_w;
-    if (key == 31) return dwconv_row_fixed<3, 1>;
-    if (key == 32) return dwconv_row_fixed<3, 2>;
-    if (key == 51) return dwconv_row_fixed<5, 1>;
-    if (key == 52) return dwconv_row_fixed<5, 2>;
-    if (key == 71) return dwconv_row_fixed<7, 1>;
-    if (key == 72) return dwconv_row_fixed<7, 2>;
+template <int K, int S, bool PARTIAL>
+void dwconv_rows(const DwconvArgs& a, DwconvRow& t, int64_t channel, int64_t row_begin, int64_t row_end) {
+  for (int64_t oy = row_begin; oy < row_end; ++oy) {
+    place_row(a, oy, channel, t);
+    dwconv_row<K, S, PARTIAL>(t, a.out_width, a.width, a.pad_left);
   }
-  return nullptr;
+}
+
+void dwconv_rows_any(const DwconvArgs& a, DwconvRow& t, int64_t channel, int64_t row_begin, int64_t row_end) {
+  for (int64_t oy = row_begin; oy < row_end; ++oy) {
+    place_row(a, oy, channel, t);
+    dwconv_row_any(a, t);
+  }
+}
+
+template <int K, int S>
+DwconvRowsFn select_rows_of(const DwconvArgs& a, bool partial) {
+  if (partial) return dwconv_rows<K, S, true>;
+  if constexpr (K <= 5) {
+    if (a.pad_left == K / 2 && a.width == a.out_width * S) {
+      const bool plane = a.x_pixel == kPanel && a.y_pixel == kPanel;
+      // sums of a tile, K weights and one input must fit the registers: 32 with AVX-512, 16 below
+      if constexpr (Vec::kWidth == kPanel) {
+        if (plane && a.out_width % 16 == 0) return dwconv_rows_tiled<K, S, 16, kPanel>;
+        if (plane && a.out_width % 14 == 0) return dwconv_rows_tiled<K, S, 14, kPanel>;
+        if (plane && a.out_width % 12 == 0) return dwconv_rows_tiled<K, S, 12, kPanel>;
+        if (plane && a.out_width % 8 == 0) return dwconv_rows_tiled<K, S, 8, kPanel>;
+        if (plane && a.out_width % 7 == 0) return dwconv_rows_tiled<K, S, 7, kPanel>;
+      }
+      if (a.out_width % 8 == 0) return dwconv_rows_tiled<K, S, 8, 0>;
+      if (a.out_width % 7 == 0) return dwconv_rows_tiled<K, S, 7, 0>;
+    }
+  }
+  return dwconv_rows<K, S, false>;
+}
+
+DwconvRowsFn select_rows(const DwconvArgs& a, bool partial) {
+  const bool square = a.kernel_h == a.kernel_w && a.stride_h == a.stride_w;
+  if (!square || a.dilation_w != 1) return dwconv_rows_any;
+  switch (a.kernel_w * 10 + a.stride_w) {
+    case 31:
+      return select_rows_of<3, 1>(a, partial);
+    case 32:
+      return select_rows_of<3, 2>(a, partial);
+    case 51:
+      return select_rows_of<5, 1>(a, partial);
+    case 52:
+      return select_rows_of<5, 2>(a, partial);
+    case 71:
+      return select_rows_of<7, 1>(a, partial);
+    case 72:
+      return select_rows_of<7, 2>(a, partial);
+    default:
+      return dwconv_rows_any;
+  }
 }
 
 void dwconv_run(const DwconvArgs& a, int64_t row_begin, int64_t row_end, int64_t channel_begin, int64_t channel_end) {
-  const DwconvRowFn fixed = select_row(a);
   const int taps = a.kernel_h * a.kernel_w;
+  DwconvRow t;
+  t.x_row = a.x_row * a.dilation_h;
+  t.x_pixel = a.x_pixel;
+  t.y_pixel = a.y_pixel;
+  t.act = a.act;
   for (int64_t c = channel_begin; c < channel_end; c += Vec::kWidth) {
-    DwconvRow t;
     const int64_t channels = channel_end - c;
     t.valid = static_cast<int>(channels < Vec::kWidth ? channels : Vec::kWidth);
     t.bias = Vec::load(a.bias + c, t.valid);
     t.weight = a.weight + c / kPanel * taps * kPanel + c % kPanel;
-    t.x_row = a.x_row * a.dilation_h;
-    t.x_pixel = a.x_pixel;
-    t.y_pixel = a.y_pixel;
-    t.act = a.act;
+    select_rows(a, t.valid < Vec::kWidth)(a, t, c, row_begin, row_end);
+    if (a.act == Activation::kNone || a.act == Activation::kRelu) continue;
     for (int64_t oy = row_begin; oy < row_end; ++oy) {
-      const int64_t iy = oy * a.stride_h - a.pad_top;
-      // rows of taps above the image, and past those still inside it
-      const int64_t above = iy < 0 ? div_up(-iy, a.dilation_h) : 0;
-      const int64_t inside = iy < a.height ? div_up(a.height - iy, a.dilation_h) : 0;
-      t.tap_begin = static_cast<int>(above);
-      t.tap_end = static_cast<int>(inside < a.kernel_h ? inside : a.kernel_h);
-      t.x = a.x + iy * a.x_row + c;
-      t.y = a.y + oy * a.y_row + c;
-      if (fixed) {
-        fixed(a, t);
-      } else {
-        dwconv_row_any(a, t);
-      }
-      if (a.act != Activation::kNone && a.act != Activation::kRelu) {
-        activate_row(t.y, a.y_pixel, a.out_width, t.valid, a.act);
-      }
+      activate_row(a.y + oy * a.y_row + c, a.y_pixel, a.out_width, t.valid, a.act);
     }
   }
 }

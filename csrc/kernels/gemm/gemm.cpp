@@ -45,6 +45,43 @@ float* copy_rows(const GemmArgs& args, int64_t first, int64_t rows, ptrdiff_t pi
   return buffer.data();
 }
 
+// One tile's whole reduction, in chains: parts of a long segment, or several short ones.
+void run_tile(GemmTileFn fn, GemmTile& tile, const GemmArgs& args, const float* a, const ptrdiff_t* segment,
+              const float* b) {
+  const int64_t length = args.segment_length;
+  tile.first = true;
+  if (length >= kChain) {
+    tile.segments = 1;
+    for (int64_t s = 0; s < args.segments; ++s) {
+      tile.segment = segment + s;
+      for (int64_t k = 0; k < length; k += kChain) {
+        tile.segment_length = std::min(kChain, length - k);
+        tile.a = a + k;
+        tile.b = b;
+        tile.last = s + 1 == args.segments && k + kChain >= length;
+        fn(tile);
+        b += tile.segment_length * kPanel;
+        tile.first = false;
+      }
+    }
+    return;
+  }
+  const int64_t run = kChain / std::max<int64_t>(1, length);
+  tile.a = a;
+  tile.segment_length = length;
+  int64_t s = 0;
+  do {
+    tile.segments = std::min(run, args.segments - s);
+    tile.segment = segment + s;
+    tile.b = b;
+    s += tile.segments;
+    tile.last = s == args.segments;
+    fn(tile);
+    b += tile.segments * length * kPanel;
+    tile.first = false;
+  } while (!tile.last);
+}
+
 void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begin, int64_t row_end,
                 int64_t panel_begin, int64_t panel_end) {
   const int64_t rows = row_end - row_begin;
@@ -54,11 +91,12 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
       rows <= kernel.wide_rows && args.c_panel == kPanel && (!args.residual || args.residual_panel == kPanel);
   const int64_t tiles = div_up(rows, kernel.max_rows);
   const ptrdiff_t whole_row = 0;
+  const ptrdiff_t* segment = args.segment;
+  // the largest tile of any kernel
+  alignas(64) float partial[16 * kPanel];
 
   GemmTile tile;
-  tile.segment = args.segment;
-  tile.segments = args.segments;
-  tile.segment_length = args.segment_length;
+  tile.partial = partial;
   tile.b_panel = args.b_panel;
   tile.residual_row = args.residual_row;
   tile.c_row = args.c_row;
@@ -67,8 +105,13 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
   tile.a_row = args.a_row;
   if (aliases(args, rows, panel_end - panel_begin)) {
     tile.a_row = k + kPanel;
-    tile.segment = &whole_row;
+    segment = &whole_row;
     a = copy_rows(args, row_begin, rows, tile.a_row);
+  }
+
+  int variant = 0;
+  for (int v = 1; v < kRowVariants; ++v) {
+    if (tile.a_row == kRowStrides[v]) variant = v;
   }
 
   int64_t panel = panel_begin;
@@ -76,7 +119,7 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
     const int64_t panels = wide && panel_end - panel >= kernel.wide_panels ? kernel.wide_panels : 1;
     const bool is_last = panel + panels - 1 == last_panel;
     tile.columns = is_last ? static_cast<int>(args.n - last_panel * kPanel) : kPanel;
-    tile.b = args.b + panel * args.b_panel;
+    const float* b = args.b + panel * args.b_panel;
     tile.bias = args.bias + panel * kPanel;
     tile.gamma = args.gamma ? args.gamma + panel * kPanel : nullptr;
     for (int64_t t = 0; t < tiles; ++t) {
@@ -84,10 +127,9 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
       const int64_t first = rows * t / tiles;
       const int64_t count = rows * (t + 1) / tiles - first;
       const int64_t row = row_begin + first;
-      tile.a = a + first * tile.a_row;
       tile.c = args.c + row * args.c_row + panel * args.c_panel;
       tile.residual = args.residual ? args.residual + row * args.residual_row + panel * args.residual_panel : nullptr;
-      (panels > 1 ? kernel.wide : kernel.tile)[count](tile);
+      run_tile((panels > 1 ? kernel.wide : kernel.tile[variant])[count], tile, args, a + first * tile.a_row, segment, b);
     }
     panel += panels;
   }

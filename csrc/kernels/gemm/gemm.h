@@ -33,15 +33,28 @@ struct GemmTile {
   ptrdiff_t c_row;
   int columns;              // valid columns of the (last) panel, 1 to kPanel
   Activation act;
+  // A long reduction comes in chains: all but the last leave their sums in `partial`, the next ones add theirs to it.
+  bool first;
+  bool last;
+  float* partial;           // [rows * panels * kPanel]
 };
+
+// Longest chain of additions: the error of a plain sum grows with its length, and chains of a thousand leave the budget
+// that eager's own blocked sums set.
+inline constexpr int64_t kChain = 256;
 
 using GemmTileFn = void (*)(const GemmTile&);
 
+// Row strides that tiles are compiled for, as displacements of one pointer: stride-2 pixels of an image, planes of 16
+// channels, every second pixel of such a plane. The first entry stands for any other.
+inline constexpr ptrdiff_t kRowStrides[] = {0, 2, kPanel, 2 * kPanel};
+inline constexpr int kRowVariants = sizeof kRowStrides / sizeof *kRowStrides;
+
 struct GemmKernel {
   const char* name;
-  // rows of the largest tile; tile[r] takes exactly r rows
+  // rows of the largest tile; tile[v][r] takes exactly r rows, kRowStrides[v] apart
   int max_rows;
-  GemmTileFn tile[16];
+  GemmTileFn tile[kRowVariants][16];
   // tiles of few rows take several panels at once, to have enough independent sums
   int wide_rows;
   int wide_panels;

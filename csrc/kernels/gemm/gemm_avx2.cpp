@@ -6,12 +6,7 @@
 namespace mnv4 {
 
 extern const GemmKernel gemm_f32_avx2 = {
-    "gemm_f32_avx2",
-    6,
-    {nullptr, gemm_tile<1, 1>, gemm_tile<2, 1>, gemm_tile<3, 1>, gemm_tile<4, 1>, gemm_tile<5, 1>, gemm_tile<6, 1>},
-    1,
-    4,
-    {nullptr, gemm_tile<1, 4>},
+    "gemm_f32_avx2", 6, MNV4_GEMM_TABLE(MNV4_GEMM_TILES_6), 1, 4, {nullptr, gemm_tile<1, 4>},
 };
 
 }  // namespace mnv4

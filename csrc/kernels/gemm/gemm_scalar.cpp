@@ -5,7 +5,7 @@
 namespace mnv4 {
 
 extern const GemmKernel gemm_f32_scalar = {
-    "gemm_f32_scalar", 2, {nullptr, gemm_tile<1, 1>, gemm_tile<2, 1>}, 0, 1, {nullptr},
+    "gemm_f32_scalar", 2, MNV4_GEMM_TABLE(MNV4_GEMM_TILES_2), 0, 1, {nullptr},
 };
 
 }  // namespace mnv4

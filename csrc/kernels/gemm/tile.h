@@ -10,27 +10,28 @@ namespace {
 using simd::Vec;
 
 // MR rows by NP panels. Sums run over K in order, one fused multiply-add each, so that every tile shape gives the
-// same bits. Rows are addressed from one pointer per three, base + {0, 1, 2} * row: x86 can scale an index by 2, and
-// fewer pointers than rows leaves registers for them all.
-template <int MR, int NP>
+// same bits. With a compiled row stride all rows are displacements of one pointer; else (ROW = 0) one pointer serves
+// three rows, base + {0, 1, 2} * row: x86 can scale an index by 2, and there are registers for them all.
+template <int MR, int NP, int ROW = 0>
 void gemm_tile(const GemmTile& t) {
   constexpr int kVectors = kPanel / Vec::kWidth * NP;
-  constexpr int kBases = (MR + 2) / 3;
+  constexpr int kRowsPerBase = ROW ? MR : 3;
+  constexpr int kBases = (MR + kRowsPerBase - 1) / kRowsPerBase;
   Vec acc[MR][kVectors];
 #pragma GCC unroll 64
   for (int v = 0; v < kVectors; ++v) {
-    const Vec bias = Vec::load(t.bias + v * Vec::kWidth);
+    const Vec start = t.first ? Vec::load(t.bias + v * Vec::kWidth) : Vec::zero();
 #pragma GCC unroll 16
-    for (int r = 0; r < MR; ++r) acc[r][v] = bias;
+    for (int r = 0; r < MR; ++r) acc[r][v] = start;
   }
-  const ptrdiff_t row = t.a_row;
+  const ptrdiff_t row = ROW ? ROW : t.a_row;
   const float* b = t.b;
   const ptrdiff_t b_panel = NP > 1 ? t.b_panel : 0;
   for (int64_t s = 0; s < t.segments; ++s) {
     const float* base[kBases];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < kBases; ++i) {
-      base[i] = t.a + t.segment[s] + row * (3 * i);
+      base[i] = t.a + t.segment[s] + row * (kRowsPerBase * i);
       // keeps the compiler from deriving every row's address anew from one base
       asm volatile("" : "+r"(base[i]));
     }
@@ -48,13 +49,28 @@ void gemm_tile(const GemmTile& t) {
       b += kPanel;
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) {
-        const Vec x = Vec::broadcast(base[r / 3][(r % 3) * row]);
+        const Vec x = Vec::broadcast(base[r / kRowsPerBase][(r % kRowsPerBase) * row]);
 #pragma GCC unroll 64
         for (int v = 0; v < kVectors; ++v) acc[r][v] = fma(x, w[v], acc[r][v]);
       }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int i = 0; i < kBases; ++i) ++base[i];
     }
+  }
+  if (!t.first) {
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 64
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = acc[r][v] + Vec::load(t.partial + (r * kVectors + v) * Vec::kWidth);
+    }
+  }
+  if (!t.last) {
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 64
+      for (int v = 0; v < kVectors; ++v) acc[r][v].store(t.partial + (r * kVectors + v) * Vec::kWidth);
+    }
+    return;
   }
   if (t.act == Activation::kRelu) {
 #pragma GCC unroll 16
@@ -117,6 +133,20 @@ void gemm_tile(const GemmTile& t) {
     }
   }
 }
+
+// One row of a kernel's table: tiles of 1 to MR rows for each compiled stride.
+#define MNV4_GEMM_TILES_1(ROW) nullptr, gemm_tile<1, 1, ROW>
+#define MNV4_GEMM_TILES_2(ROW) MNV4_GEMM_TILES_1(ROW), gemm_tile<2, 1, ROW>
+#define MNV4_GEMM_TILES_6(ROW) \
+  MNV4_GEMM_TILES_2(ROW), gemm_tile<3, 1, ROW>, gemm_tile<4, 1, ROW>, gemm_tile<5, 1, ROW>, gemm_tile<6, 1, ROW>
+#define MNV4_GEMM_TILES_14(ROW)                                                                    \
+  MNV4_GEMM_TILES_6(ROW), gemm_tile<7, 1, ROW>, gemm_tile<8, 1, ROW>, gemm_tile<9, 1, ROW>,        \
+      gemm_tile<10, 1, ROW>, gemm_tile<11, 1, ROW>, gemm_tile<12, 1, ROW>, gemm_tile<13, 1, ROW>, \
+      gemm_tile<14, 1, ROW>
+#define MNV4_GEMM_TABLE(TILES)                                                                    \
+  {                                                                                               \
+    {TILES(kRowStrides[0])}, {TILES(kRowStrides[1])}, {TILES(kRowStrides[2])}, {TILES(kRowStrides[3])} \
+  }
 
 }  // namespace
 }  // namespace mnv4
