@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_offline.py --models conv_small hybrid_medium --dtypes bfloat16 --batches 1 256
 
-Writes `results/gpu_offline.json` and `.md`; exits with 1 if a config spills or takes too much shared memory.
+Writes `results/gpu/gpu_offline.json` and `.md`; exits with 1 if a config spills or takes too much shared memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mnv4_kernels.ops.gpu.launch import Launch
 from mnv4_kernels.ops.gpu.offline import CONSUMER_SHARED_LIMIT, SHARED_LIMIT, resources
 from mnv4_kernels.ops.gpu.select import assume
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results" / "gpu"
 
 #: compute capability -> shared memory of a program; 86 stands for the consumer devices of the sm_80 family
 TARGETS = {80: 163 * 1024, 86: CONSUMER_SHARED_LIMIT, 90: SHARED_LIMIT, 100: SHARED_LIMIT}
@@ -94,7 +94,7 @@ def main() -> int:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64, 256])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--capabilities", nargs="+", type=int, default=list(TARGETS), choices=list(TARGETS))
-    parser.add_argument("--write", action="store_true", help="write results/gpu_offline.{json,md}")
+    parser.add_argument("--write", action="store_true", help="write results/gpu/gpu_offline.{json,md}")
     arguments = parser.parse_args()
     dtypes = [getattr(torch, name) for name in arguments.dtypes]
     rows, begin = [], time.monotonic()
@@ -105,7 +105,7 @@ def main() -> int:
                 print(f"sm_{capability} {role} {launch.config}: {rows[-1]['problems']}", flush=True)
         print(f"sm_{capability}: {len(rows)} binaries so far, {time.monotonic() - begin:.0f} s", flush=True)
     if arguments.write:
-        RESULTS.mkdir(exist_ok=True)
+        RESULTS.mkdir(parents=True, exist_ok=True)
         (RESULTS / "gpu_offline.json").write_text(json.dumps(rows, indent=1) + "\n")
         (RESULTS / "gpu_offline.md").write_text(markdown(rows))
     return int(any(entry["problems"] for entry in rows))

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_predictions.py --write
 
-Writes `results/gpu_predictions.json` and `.md`, for the first run on a device to confirm or correct.
+Writes `results/gpu/gpu_predictions.json` and `.md`, for the first run on a device to confirm or correct.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mnv4_kernels.ops.gpu import gate, heuristics, traffic
 from mnv4_kernels.ops.gpu.gate import UibShape
 from mnv4_kernels.ops.gpu.traffic import Ceilings, Cost
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results" / "gpu"
 BATCHES = (1, 8, 64, 256)
 
 
@@ -114,12 +114,12 @@ def main() -> int:
     """Prints the table; writes it where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--write", action="store_true", help="write results/gpu_predictions.{json,md}")
+    parser.add_argument("--write", action="store_true", help="write results/gpu/gpu_predictions.{json,md}")
     arguments = parser.parse_args()
     rows = [row(model, batch) for model in arguments.models for batch in BATCHES]
     print(markdown(rows))
     if arguments.write:
-        RESULTS.mkdir(exist_ok=True)
+        RESULTS.mkdir(parents=True, exist_ok=True)
         data = {"measured": False, "ceilings": asdict(Ceilings()), "rows": rows}
         (RESULTS / "gpu_predictions.json").write_text(json.dumps(data, indent=1) + "\n")
         (RESULTS / "gpu_predictions.md").write_text(markdown(rows))

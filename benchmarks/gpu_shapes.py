@@ -226,6 +226,25 @@ def _uib_calls(
         yield Call("pwconv_bn_act", f"{name} pw_proj", (make(shape.hidden, shape.out), *project))
 
 
+def uib_arguments(shape: UibShape, act: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    """The arguments of the op `uib` for a block."""
+    x = _nhwc(shape.batch, shape.channels, shape.height, shape.width, dtype=dtype, device=device)
+
+    def depthwise(channels: int, kernel: int, stride: int) -> tuple[Any, ...]:
+        if not kernel:
+            return (None, None, None, [1, 1], [0] * 4, [1, 1])
+        return _depthwise_arguments(channels, kernel, stride, dtype, device)
+
+    def product(outputs: int, channels: int) -> tuple[Any, ...]:
+        return (_nhwc(outputs, channels, 1, 1, dtype=dtype, device=device), *_affine(outputs, device))
+
+    return (
+        x, *depthwise(shape.channels, shape.start_kernel, shape.start_stride), *product(shape.hidden, shape.channels),
+        *depthwise(shape.hidden, shape.mid_kernel, shape.mid_stride), act, *product(shape.outputs, shape.hidden),
+        torch.rand(shape.outputs, device=device), shape.residual,
+    )  # fmt: skip
+
+
 def _conv_calls(name: str, shape: ConvShape, act: str, dtype: torch.dtype, device: str) -> Iterator[Call]:
     x = _nhwc(shape.batch, shape.channels, shape.height, shape.width, dtype=dtype, device=device)
     x = x.contiguous() if shape.image else x

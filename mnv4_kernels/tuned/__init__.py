@@ -48,6 +48,13 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Config]]:
     return provenance, configs
 
 
+def rows(path: Path) -> list[tuple[str, Config, float]]:
+    """(key, config, median microseconds) of every row of a tuned file."""
+    _, configs = read(path)
+    data = json.loads(path.read_text())["configs"]
+    return [(key, config, float(data[key]["us"])) for key, config in configs.items()]
+
+
 def write(path: Path, provenance: dict[str, Any], configs: dict[str, tuple[Config, float]]) -> None:
     """Writes a tuned file of {key: (config, median microseconds)}; raises `ValueError` on missing provenance."""
     missing = [name for name in PROVENANCE if not provenance.get(name)]

@@ -117,11 +117,11 @@ def depthwise_gemm(
 ) -> DepthwiseGemmConfig:
     """All output channels in one tile up to 256, because each further tile computes the depthwise again.
 
-    Two rows halve the loads of the depthwise and share each weight tile.
+    Two rows halve the loads of the depthwise and share each weight tile; beside 256 columns of float32 they spill.
     """
     batch, _, out_h, out_w = shape
     block_n = max(16, min(256, next_power_of_2(n)))
-    rows = 1 if out_h == 1 else 2
+    rows = 1 if out_h == 1 or (element_size == 4 and block_n == 256) else 2
     columns = 64
     while columns > 16 and cdiv(batch * cdiv(out_h, rows) * out_w, columns) * cdiv(n, block_n) < multiprocessors:
         columns //= 2
@@ -134,7 +134,8 @@ def depthwise_gemm(
 def kv(m: int, depth: int, element_size: int, multiprocessors: int = DEFAULT_MULTIPROCESSORS) -> GemmConfig:
     """Two products of the whole depth; fewer positions a program where the maps are small."""
     block_n = max(16, next_power_of_2(depth))
-    block_m = 64
+    # 64 positions of float32 spill on the sm_80 family
+    block_m = 64 if element_size == 2 else 32
     while block_m > 16 and cdiv(m, block_m) < multiprocessors:
         block_m //= 2
     warps = 4 if block_n <= 64 else 8

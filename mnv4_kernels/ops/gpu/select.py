@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -10,7 +10,10 @@ import torch
 
 from ... import tuned
 from . import heuristics
-from .config import AnyConfig, AttentionConfig, DepthwiseConfig, DepthwiseGemmConfig, GemmConfig, PoolConfig
+from .config import AnyConfig, AttentionConfig, Config, DepthwiseConfig, DepthwiseGemmConfig, GemmConfig, PoolConfig
+
+#: Configs that come before the tuned ones, and the choices made meanwhile; innermost last.
+_FORCED: list[tuple[Mapping[str, Config], dict[str, Config]]] = []
 
 #: Capability and multiprocessors that heuristics assume for tensors on no GPU.
 _ASSUMED = [(heuristics.DEFAULT_CAPABILITY, heuristics.DEFAULT_MULTIPROCESSORS)]
@@ -51,10 +54,28 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _tuned(kind: type[AnyConfig], device: torch.device, key: str) -> AnyConfig | None:
+@contextmanager
+def forced(configs: Mapping[str, Config]) -> Iterator[dict[str, Config]]:
+    """Within, these configs are used for their keys, before tuned ones; yields {key: config} of every choice made."""
+    made: dict[str, Config] = {}
+    _FORCED.append((configs, made))
+    _forget()
+    try:
+        yield made
+    finally:
+        _FORCED.pop()
+        _forget()
+
+
+def _choose(kind: type[AnyConfig], device: torch.device, key: str, heuristic: Callable[[], AnyConfig]) -> AnyConfig:
+    """The forced, else the tuned, else the heuristic's config of `key`."""
     name = _device(device)[0]
-    config = tuned.lookup(name, key) if name is not None else None
-    return config if isinstance(config, kind) else None
+    known = [configs.get(key) for configs, _ in reversed(_FORCED)]
+    known.append(tuned.lookup(name, key) if name is not None else None)
+    chosen = next((config for config in known if isinstance(config, kind)), None) or heuristic()
+    for _, made in _FORCED:
+        made[key] = chosen
+    return chosen
 
 
 @lru_cache(maxsize=4096)
@@ -67,15 +88,23 @@ def depthwise_config(
 ) -> DepthwiseConfig:
     """Config of `dwconv_bn_act` with output `shape` [N, C, OH, OW]."""
     key = f"dwconv_bn_act/{dtype_name(dtype)}/{'x'.join(map(str, shape))}/k{kernel[0]}s{stride[0]}"
-    found = _tuned(DepthwiseConfig, device, key)
-    return found or heuristics.depthwise(shape, kernel, stride, dtype.itemsize, _device(device)[1])
+    return _choose(
+        DepthwiseConfig,
+        device,
+        key,
+        lambda: heuristics.depthwise(shape, kernel, stride, dtype.itemsize, _device(device)[1]),
+    )
 
 
 @lru_cache(maxsize=4096)
 def gemm_config(op: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, taps: int = 1) -> GemmConfig:
     """Config of an [m, k] x [k, n] product of `op`, with `taps` reductions of length k."""
-    found = _tuned(GemmConfig, device, f"{op}/{dtype_name(dtype)}/m{m}n{n}k{k}t{taps}")
-    return found or heuristics.gemm(m, n, k, dtype.itemsize, *_device(device)[1:], taps=taps)
+    return _choose(
+        GemmConfig,
+        device,
+        f"{op}/{dtype_name(dtype)}/m{m}n{n}k{k}t{taps}",
+        lambda: heuristics.gemm(m, n, k, dtype.itemsize, *_device(device)[1:], taps=taps),
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -90,15 +119,23 @@ def depthwise_gemm_config(
 ) -> DepthwiseGemmConfig:
     """Config of a depthwise convolution with output `shape` [N, C, OH, OW] inside a GEMM with n outputs."""
     key = f"{op}/{dtype_name(dtype)}/{'x'.join(map(str, shape))}/n{n}k{kernel[0]}s{stride[0]}"
-    found = _tuned(DepthwiseGemmConfig, device, key)
-    return found or heuristics.depthwise_gemm(shape, n, dtype.itemsize, _device(device)[1])
+    return _choose(
+        DepthwiseGemmConfig,
+        device,
+        key,
+        lambda: heuristics.depthwise_gemm(shape, n, dtype.itemsize, _device(device)[1]),
+    )
 
 
 @lru_cache(maxsize=4096)
 def kv_config(m: int, depth: int, channels: int, dtype: torch.dtype, device: torch.device) -> GemmConfig:
     """Config of `kv_downsample`: m positions, keys and values up to `depth` wide."""
-    found = _tuned(GemmConfig, device, f"kv_downsample/{dtype_name(dtype)}/m{m}d{depth}c{channels}")
-    return found or heuristics.kv(m, depth, dtype.itemsize, _device(device)[1])
+    return _choose(
+        GemmConfig,
+        device,
+        f"kv_downsample/{dtype_name(dtype)}/m{m}d{depth}c{channels}",
+        lambda: heuristics.kv(m, depth, dtype.itemsize, _device(device)[1]),
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -106,12 +143,20 @@ def attention_config(
     queries: int, keys: int, depth: int, batch: int, dtype: torch.dtype, device: torch.device
 ) -> AttentionConfig:
     """Config of `mqa` over `queries` rows (positions times heads) and `keys` keys of one image."""
-    found = _tuned(AttentionConfig, device, f"mqa/{dtype_name(dtype)}/b{batch}q{queries}p{keys}d{depth}")
-    return found or heuristics.attention(queries, keys, depth, batch, dtype.itemsize, *_device(device)[1:])
+    return _choose(
+        AttentionConfig,
+        device,
+        f"mqa/{dtype_name(dtype)}/b{batch}q{queries}p{keys}d{depth}",
+        lambda: heuristics.attention(queries, keys, depth, batch, dtype.itemsize, *_device(device)[1:]),
+    )
 
 
 @lru_cache(maxsize=4096)
 def pool_config(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> PoolConfig:
     """Config of the global average pool of `shape` [N, C, H, W]."""
-    found = _tuned(PoolConfig, device, f"pool/{dtype_name(dtype)}/{'x'.join(map(str, shape))}")
-    return found or heuristics.pool(shape[1], shape[2] * shape[3])
+    return _choose(
+        PoolConfig,
+        device,
+        f"pool/{dtype_name(dtype)}/{'x'.join(map(str, shape))}",
+        lambda: heuristics.pool(shape[1], shape[2] * shape[3]),
+    )

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ..gpu.config import GemmConfig
 from ..gpu.device import dot, scale_shift
-from ..gpu.launch import Launch, cdiv, channel_vector, dot_precision, needs_int64, nhwc, tap_major
+from ..gpu.launch import Launch, cdiv, channel_vector, dot_precision, needs_int64, next_power_of_2, nhwc, tap_major
 from ..gpu.select import kv_config
 from .contract import fake
 
@@ -158,7 +158,8 @@ def build(
             "VEC": vector,
             "INT64": needs_int64(x, key, value) if int64 is None else int64,
             "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
+            # both products cover the whole depth, whatever a config says
+            "BLOCK_N": max(16, next_power_of_2(max(key_depth, value_depth))),
             "BLOCK_K": config.block_k,
         },
         config=config,
