@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..environment import Switches
+from . import leaves
 from .plan import Body, Plan
 
 #: The plans' place in a drop-in's `__dict__`; not a buffer, so that no state_dict shows it.
@@ -22,6 +24,10 @@ COMPILING = "torch.compile and torch.export trace timm's own path"
 TRACING = "torch.jit traces timm's own path"
 TRANSFORMED = "inside a torch.func transform or forward-mode AD"
 AUTOCAST = "under autocast, whose rounding timm's own path keeps"
+
+
+# the switch that turns everything off; a plan has those of its ops
+_SWITCH = Switches(())
 
 
 class DropIn(nn.Module):
@@ -50,15 +56,17 @@ class DropIn(nn.Module):
             return COMPILING
         if self.training:
             return TRAINING
-        if type(x) is not torch.Tensor or x.dim() != 4 or not x.is_cpu:
-            return _input_obstacle(x)
+        if type(x) is not torch.Tensor or x.dim() != 4 or not x.is_cpu or x.dtype not in leaves.DTYPES:
+            obstacle = _input_obstacle(x)
+            if obstacle:
+                return obstacle
         if torch._C._get_tracing_state() is not None:
             return TRACING
         if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
             return TRANSFORMED
         if torch.is_autocast_enabled("cpu"):
             return AUTOCAST
-        return ""
+        return _SWITCH.obstacle()
 
     def _mnv4_decide(self, x: Any, key: str = "") -> tuple[Plan | None, str]:
         """(the plan that runs the piece `key` on `x`, "") or (the plan or None, why timm's own path runs)."""
@@ -122,6 +130,8 @@ def _input_obstacle(x: Any) -> str:
         return f"the input is a {type(x).__name__}, not a plain tensor"
     if x.dim() != 4:
         return f"the input has {x.dim()} dimensions"
+    if x.dtype not in leaves.DTYPES:
+        return f"the input is {_name(x.dtype)}"
     return "" if x.is_cpu else f"the input is on {x.device}; the fused ops run on cpu"
 
 

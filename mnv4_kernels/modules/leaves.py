@@ -47,7 +47,8 @@ CONV_NORM_ACTS: set[type[nn.Module]] = set()
 #: multi-query attention
 ATTENTIONS: set[type[nn.Module]] = set()
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: what the fused ops compute in
+DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
 def tampered(module: nn.Module) -> str:
@@ -67,7 +68,7 @@ def tensor_reasons(module: nn.Module) -> list[str]:
             reasons.append(f"`{name}` was made under torch.inference_mode(), where edits leave no trace")
         elif value.numel() == 1:
             reasons.append(f"`{name}` has a single element")
-        elif value.dtype not in _DTYPES:
+        elif value.dtype not in DTYPES:
             reasons.append(f"`{name}` is {str(value.dtype).removeprefix('torch.')}")
         elif not value.is_cpu:
             reasons.append(f"`{name}` is on {value.device}; the fused ops run on cpu")
