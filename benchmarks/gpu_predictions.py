@@ -10,14 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from gpu_shapes import MODELS, AttentionShape, Block, ConvShape, HeadShape, blocks
 
 from mnv4_kernels.ops.gpu import gate, heuristics, traffic
-from mnv4_kernels.ops.gpu.gate import UibShape
+from mnv4_kernels.ops.gpu.gate import ConvPairShape, UibShape
 from mnv4_kernels.ops.gpu.traffic import Ceilings, Cost
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu"
@@ -29,11 +29,16 @@ def _conv(shape: ConvShape, size: int) -> list[Cost]:
     m, taps = shape.batch * out, shape.kernel**2
     k, taps = (shape.channels * taps, 1) if shape.image else (shape.channels, taps)
     config = heuristics.gemm(m, shape.outputs, k, size, taps=taps)
-    cost = traffic.gemm(m, shape.outputs, k, size, config, shape.residual, taps)
-    # the taps of a pixel come from L2: memory reads the image once
-    read = size * shape.batch * shape.channels * shape.height * shape.width
-    memory = read + size * (m * shape.outputs * (2 if shape.residual else 1) + shape.outputs * k * taps)
-    return [Cost(**{**asdict(cost), "memory": float(memory)})]
+    if shape.kernel == 1:
+        return [traffic.gemm(m, shape.outputs, k, size, config, shape.residual)]
+    out = (-(-shape.height // shape.stride), -(-shape.width // shape.stride))
+    sizes = ((shape.height, shape.width), out)
+    cost = traffic.conv(shape.batch, shape.channels, shape.outputs, *sizes, shape.kernel**2, size, config)
+    if not shape.image:
+        return [cost]
+    # one reduction over all taps of all channels
+    padded = traffic.gemm(m, shape.outputs, k, size, config)
+    return [replace(padded, memory=cost.memory)]
 
 
 def _attention(shape: AttentionShape, size: int) -> list[Cost]:
@@ -68,6 +73,9 @@ def costs(block: Block, size: int, fused: bool) -> list[Cost]:
     if isinstance(shape, UibShape):
         plan = gate.uib(shape, size).plan if fused else gate.uib_plans(shape, size)[0]
         return [step.cost for step in plan.steps] * plan.repeats
+    if isinstance(shape, ConvPairShape):
+        plan = gate.conv_pair(shape, size).plan if fused else gate.conv_pair_plans(shape, size)[0]
+        return [step.cost for step in plan.steps]
     if isinstance(shape, ConvShape):
         return _conv(shape, size)
     return _attention(shape, size) if isinstance(shape, AttentionShape) else _head(shape, size)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mnv4_kernels.ops.gpu.gate import UibShape
+from mnv4_kernels.ops.gpu.gate import ConvPairShape, UibShape
 from mnv4_kernels.ops.gpu.launch import Launch
 
 MODELS = (
@@ -59,7 +59,7 @@ class HeadShape:
     classes: int
 
 
-Shape = UibShape | ConvShape | AttentionShape | HeadShape
+Shape = UibShape | ConvShape | ConvPairShape | AttentionShape | HeadShape
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ class Block:
     name: str
     shape: Shape
     act: str
+    #: of the 1x1 convolution of a pair
+    second_act: str = "none"
 
 
 def _act(module: torch.nn.Module) -> str:
@@ -131,8 +133,10 @@ def blocks(model: str, batch: int, size: int | None = None) -> tuple[Block, ...]
                 found.append(_conv(f"{name}.conv_exp", module.conv_exp, x, _act(module.bn1.act)))
                 middle = x.new_empty((x.shape[0], module.conv_exp.out_channels, *output.shape[2:]))
                 found.append(_conv(f"{name}.conv_pwl", module.conv_pwl, middle, "none", module.has_skip))
-            elif kind == "ConvNormAct":
-                found.append(_conv(name, module.conv, x, _act(module.bn.act)))
+            elif kind == "ConvBnAct":
+                found.append(_conv(name, module.conv, x, _act(module.bn1.act), module.has_skip))
+            else:
+                raise NotImplementedError(f"{model}: no shape is known for {name}, a {kind}")
 
         return hook
 
@@ -146,7 +150,29 @@ def blocks(model: str, batch: int, size: int | None = None) -> tuple[Block, ...]
         x = torch.empty(batch, 3, size, size, device="meta")
         features = net.forward_features(x)
     shape = HeadShape(*features.shape, net.conv_head.out_channels, net.num_classes)
-    return (*found, Block("head", shape, "relu"))
+    return (*_paired(found), Block("head", shape, "relu"))
+
+
+def _paired(found: list[Block]) -> Iterator[Block]:
+    """The blocks, with each dense convolution and the 1x1 convolution behind it as one."""
+    waiting: Block | None = None
+    for block in found:
+        first, shape = waiting.shape if waiting else None, block.shape
+        if waiting and isinstance(first, ConvShape) and isinstance(shape, ConvShape) and shape.kernel == 1:
+            pair = ConvPairShape(
+                first.batch, first.channels, first.outputs, shape.outputs, first.height, first.width, first.kernel,
+                first.stride, shape.residual,
+            )  # fmt: skip
+            yield Block(f"{waiting.name} + {block.name}", pair, waiting.act, block.act)
+            waiting = None
+            continue
+        if waiting:
+            yield waiting
+        waiting = block if isinstance(shape, ConvShape) and shape.kernel > 1 and not shape.image else None
+        if waiting is None:
+            yield block
+    if waiting:
+        yield waiting
 
 
 def _nhwc(*size: int, dtype: torch.dtype, device: str) -> torch.Tensor:
@@ -182,6 +208,8 @@ def calls(block: Block, dtype: torch.dtype, device: str, fused: bool | None = No
         yield from _uib_calls(block.name, shape, act, dtype, device, fused)
     elif isinstance(shape, ConvShape):
         yield from _conv_calls(block.name, shape, act, dtype, device)
+    elif isinstance(shape, ConvPairShape):
+        yield from _pair_calls(block, shape, dtype, device, fused)
     elif isinstance(shape, AttentionShape):
         yield from _attention_calls(block.name, shape, dtype, device)
     else:
@@ -258,6 +286,25 @@ def _conv_calls(name: str, shape: ConvShape, act: str, dtype: torch.dtype, devic
         pad = [shape.kernel // 2] * 4
         geometry = ([shape.stride, shape.stride], pad, [1, 1])
         yield Call("conv_bn_act", name, (x, weight, *affine, *geometry, act, True))
+
+
+def _pair_calls(
+    block: Block, shape: ConvPairShape, dtype: torch.dtype, device: str, fused: bool | None
+) -> Iterator[Call]:
+    def make(*size: int) -> torch.Tensor:
+        return _nhwc(*size, dtype=dtype, device=device)
+
+    x = make(shape.batch, shape.channels, shape.height, shape.width)
+    geometry = ([shape.stride, shape.stride], [shape.kernel // 2] * 4, [1, 1], block.act)
+    conv = (make(shape.hidden, shape.channels, shape.kernel, shape.kernel), *_affine(shape.hidden, device), *geometry)
+    residual = make(shape.batch, shape.outputs, *shape.out) if shape.residual else None
+    product = (make(shape.outputs, shape.hidden, 1, 1), *_affine(shape.outputs, device), block.second_act, None)
+    if fused is not False:
+        yield Call("conv_pwconv", block.name, (x, *conv, *product, residual))
+    if fused is not True:
+        yield Call("conv_bn_act", f"{block.name}, first", (x, *conv, True))
+        h = make(shape.batch, shape.hidden, *shape.out)
+        yield Call("pwconv_bn_act", f"{block.name}, second", (h, *product, residual))
 
 
 def _attention_calls(name: str, shape: AttentionShape, dtype: torch.dtype, device: str) -> Iterator[Call]:

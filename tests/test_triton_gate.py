@@ -27,7 +27,7 @@ from mnv4_kernels.ops.gpu.config import (
     from_json,
     to_json,
 )
-from mnv4_kernels.ops.gpu.gate import UibShape
+from mnv4_kernels.ops.gpu.gate import ConvPairShape, UibShape
 from mnv4_kernels.ops.gpu.traffic import Ceilings, Cost
 
 BATCHES = (1, 8, 64, 256)
@@ -57,6 +57,24 @@ def test_the_gate_chooses_a_plan_of_every_block_and_gives_reasons_for_the_others
             text = decision.explain()
             assert decision.plan.name in text
             assert all(f"not {plan.name}: {reason}" in text for plan, reason in decision.declined)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_the_gate_decides_on_every_dense_convolution_with_a_product_behind_it(batch: int) -> None:
+    pairs = [block.shape for model in MODELS for block in blocks(model, batch)]
+    pairs = [shape for shape in pairs if isinstance(shape, ConvPairShape)]
+    # each model has at least one EdgeResidual or such a pair of its own
+    assert len(pairs) >= len(MODELS)
+    for shape in pairs:
+        decision = gate.conv_pair(shape)
+        unfused = gate.conv_pair_plans(shape)[0]
+        assert decision.plan.us <= unfused.us
+        assert decision.plan.name in decision.explain()
+
+
+def test_a_hidden_tensor_too_wide_for_a_program_leaves_one_plan() -> None:
+    (plan,) = gate.conv_pair_plans(ConvPairShape(8, 64, 512, 64, 28, 28, 3))
+    assert plan.name == "unfused"
 
 
 def test_a_block_has_one_plan_for_each_way_to_fuse_its_depthwise_convolutions() -> None:

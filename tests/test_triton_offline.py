@@ -20,7 +20,17 @@ from mnv4_kernels.ops.gpu.select import assume
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 #: one launch of each kernel, at shapes where registers are tight
-FAMILIES = ("conv_bn_act", "stem", "dwconv_bn_act", "dwconv_pwconv", "head", "kv_downsample", "mqa", "pwconv_bn_act")
+FAMILIES = (
+    "conv_bn_act",
+    "conv_pwconv",
+    "stem",
+    "dwconv_bn_act",
+    "dwconv_pwconv",
+    "head",
+    "kv_downsample",
+    "mqa",
+    "pwconv_bn_act",
+)
 
 
 def _nhwc(*size: int) -> torch.Tensor:
@@ -29,6 +39,7 @@ def _nhwc(*size: int) -> torch.Tensor:
 
 def _launches(family: str) -> list[Launch]:
     from mnv4_kernels.ops.conv_bn_act import triton_conv_bn_act as conv
+    from mnv4_kernels.ops.conv_pwconv import triton_conv_pwconv as pair
     from mnv4_kernels.ops.dwconv_bn_act import triton_dwconv_bn_act as depthwise
     from mnv4_kernels.ops.dwconv_pwconv import triton_dwconv_pwconv as fused
     from mnv4_kernels.ops.head import triton_head as head
@@ -48,6 +59,10 @@ def _launches(family: str) -> list[Launch]:
     builds: dict[str, Callable[[], tuple[object, list[Launch]]]] = {
         "conv_bn_act": lambda: conv.build(
             _nhwc(64, 48, 64, 64), _nhwc(192, 48, 3, 3), channels(192), channels(192), *two, "relu"
+        ),
+        "conv_pwconv": lambda: pair.build(
+            _nhwc(64, 32, 128, 128), _nhwc(128, 32, 3, 3), channels(128), channels(128), *two, "relu",
+            _nhwc(48, 128, 1, 1), channels(48), channels(48), "none", None, None,
         ),
         "stem": lambda: conv.build(image, _nhwc(32, 3, 3, 3), channels(32), channels(32), *two, "relu"),
         "dwconv_bn_act": lambda: depthwise.build(

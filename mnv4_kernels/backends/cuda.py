@@ -18,6 +18,7 @@ import torch
 #: op -> the module, below `mnv4_kernels.ops`, that implements it
 KERNELS = {
     "conv_bn_act": "conv_bn_act.triton_conv_bn_act",
+    "conv_pwconv": "conv_pwconv.triton_conv_pwconv",
     "dwconv_bn_act": "dwconv_bn_act.triton_dwconv_bn_act",
     "dwconv_pwconv": "dwconv_pwconv.triton_dwconv_pwconv",
     "head": "head.triton_head",

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..gpu.config import GemmConfig
-from ..gpu.device import dot, grouped_tile, store_epilogue
+from ..gpu.device import dot, grouped_tile, output_pixels, store_epilogue
 from ..gpu.launch import Launch, cdiv, channel_vector, dot_precision, in_format, needs_int64, nhwc
 from ..gpu.select import gemm_config
 from ..layout import empty_like_conv
@@ -17,17 +17,6 @@ from .reference import output_format
 
 #: Below this, channels of all taps form one reduction axis that is gathered; an image has 1, 3 or 4.
 GATHERED_CHANNELS = 16
-
-
-@triton.jit
-def _output_pixels(i_m, m, out_h, out_w, INT64: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(row of y, image, output y, output x, mask) of BLOCK_M output pixels."""
-    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_m = o_m < m
-    if INT64:
-        o_m = o_m.to(tl.int64)
-    o_line = o_m // out_w
-    return o_m, o_line // out_h, o_line % out_h, o_m % out_w, m_m
 
 
 @triton.jit
@@ -66,7 +55,7 @@ def _conv_bn_act_fwd_kernel(
     channels = channel_groups * VEC_C
     outputs = output_groups * VEC_K
     i_m, i_n = grouped_tile(tl.cdiv(m, BLOCK_M), tl.cdiv(outputs, BLOCK_N), GROUP_M)
-    o_m, o_image, o_oh, o_ow, m_m = _output_pixels(i_m, m, out_h, out_w, INT64, BLOCK_M)
+    o_m, o_image, o_oh, o_ow, m_m = output_pixels(i_m, m, out_h, out_w, INT64, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < outputs
     o_k = tl.arange(0, BLOCK_K)
@@ -129,7 +118,7 @@ def _conv_bn_act_gathered_fwd_kernel(
     """The same of an image in any layout: the reduction axis is (ky, kx, c), gathered element by element."""
     outputs = output_groups * VEC_K
     i_m, i_n = grouped_tile(tl.cdiv(m, BLOCK_M), tl.cdiv(outputs, BLOCK_N), GROUP_M)
-    o_m, o_image, o_oh, o_ow, m_m = _output_pixels(i_m, m, out_h, out_w, INT64, BLOCK_M)
+    o_m, o_image, o_oh, o_ow, m_m = output_pixels(i_m, m, out_h, out_w, INT64, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < outputs
     REDUCTION: tl.constexpr = KERNEL_H * KERNEL_W * CHANNELS

@@ -120,6 +120,17 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def output_pixels(i_m, m, out_h, out_w, INT64: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(row of y, image, output y, output x, mask) of BLOCK_M output pixels."""
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m = o_m < m
+    if INT64:
+        o_m = o_m.to(tl.int64)
+    o_line = o_m // out_w
+    return o_m, o_line // out_h, o_line % out_h, o_m % out_w, m_m
+
+
+@triton.jit
 def grouped_tile(n_m, n_n, GROUP_M: tl.constexpr):
     """(row tile, column tile) of this program, GROUP_M row tiles at a time so that both operands stay in L2."""
     i_tile = tl.program_id(0)

@@ -12,6 +12,10 @@ from .traffic import Ceilings, Cost
 MARGIN = 0.03
 
 
+#: Widest hidden tensor that one program of `conv_pwconv` holds.
+MAX_PAIR_HIDDEN = 256
+
+
 @dataclass(frozen=True)
 class UibShape:
     """A UniversalInvertedResidual: kernel 0 where a depthwise convolution is missing; the stride is of dw_mid,
@@ -38,6 +42,26 @@ class UibShape:
     def out(self) -> tuple[int, int]:
         """Height and width of the output."""
         return _ceil(self.middle[0], self.mid_stride), _ceil(self.middle[1], self.mid_stride)
+
+
+@dataclass(frozen=True)
+class ConvPairShape:
+    """A dense convolution with an activation, and the 1x1 convolution behind it: an EdgeResidual."""
+
+    batch: int
+    channels: int
+    hidden: int
+    outputs: int
+    height: int
+    width: int
+    kernel: int
+    stride: int = 1
+    residual: bool = False
+
+    @property
+    def out(self) -> tuple[int, int]:
+        """Height and width of the output."""
+        return _ceil(self.height, self.stride), _ceil(self.width, self.stride)
 
 
 def _ceil(size: int, stride: int) -> int:
@@ -204,10 +228,44 @@ def uib_plans(shape: UibShape, element_size: int = 2, ceilings: Ceilings | None 
     return plans
 
 
+def conv_pair_plans(shape: ConvPairShape, element_size: int = 2, ceilings: Ceilings | None = None) -> list[Plan]:
+    """Two launches, and one where a program can hold the hidden rows of its pixels."""
+    ceilings = (ceilings or Ceilings()).for_element_size(element_size)
+    m, taps = shape.batch * shape.out[0] * shape.out[1], shape.kernel**2
+    size, out = (shape.height, shape.width), shape.out
+    config = heuristics.gemm(m, shape.hidden, shape.channels, element_size, ceilings.multiprocessors, taps=taps)
+    cost = traffic.conv(shape.batch, shape.channels, shape.hidden, size, out, taps, element_size, config)
+    conv = Step("conv_bn_act", "conv", cost, cost.us(ceilings))
+    project = _pointwise(m, shape.outputs, shape.hidden, shape.residual, "project", element_size, ceilings)
+    between = [m * shape.hidden * element_size]
+    steps = _resident([conv, project], between, ceilings.l2_bytes / 2, ceilings)
+    plans = [Plan("unfused", steps, False, False, shape.batch, 1)]
+    if shape.hidden <= MAX_PAIR_HIDDEN:
+        config = heuristics.conv_pair(
+            m, shape.hidden, shape.outputs, shape.channels, element_size, ceilings.multiprocessors
+        )
+        cost = traffic.conv_pair(
+            shape.batch, shape.channels, shape.hidden, shape.outputs, size, out, taps, element_size, config,
+            shape.residual,
+        )  # fmt: skip
+        step = Step("conv_pwconv", "conv + project", cost, cost.us(ceilings))
+        plans.append(Plan("conv fused", (step,), False, True, shape.batch, 1))
+    return plans
+
+
 @lru_cache(maxsize=1024)
 def uib(shape: UibShape, element_size: int = 2, ceilings: Ceilings | None = None) -> Decision:
     """The fastest plan of a block by prediction; a fusion that saves less than `MARGIN` is declined."""
-    plans = uib_plans(shape, element_size, ceilings)
+    return _decide(uib_plans(shape, element_size, ceilings))
+
+
+@lru_cache(maxsize=1024)
+def conv_pair(shape: ConvPairShape, element_size: int = 2, ceilings: Ceilings | None = None) -> Decision:
+    """The same of a dense convolution and the 1x1 convolution behind it."""
+    return _decide(conv_pair_plans(shape, element_size, ceilings))
+
+
+def _decide(plans: list[Plan]) -> Decision:
     best = plans[0]
     for plan in plans[1:]:
         if plan.us < best.us * (1 - MARGIN):

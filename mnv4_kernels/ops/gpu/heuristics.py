@@ -131,6 +131,31 @@ def depthwise_gemm(
     )
 
 
+def conv_pair(
+    m: int,
+    hidden: int,
+    outputs: int,
+    channels: int,
+    element_size: int,
+    multiprocessors: int = DEFAULT_MULTIPROCESSORS,
+    capability: int = DEFAULT_CAPABILITY,
+) -> GemmConfig:
+    """Whole hidden rows: 128 pixels of up to 128 channels, 64 of up to 256."""
+    block_h = max(16, next_power_of_2(hidden))
+    block_n = max(16, min(64, next_power_of_2(outputs)))
+    block_k = max(16, min(128 // element_size, next_power_of_2(channels)))
+    block_m = 128 if block_h <= 128 and element_size == 2 else 64
+    while block_m > 16 and cdiv(m, block_m) < multiprocessors:
+        block_m //= 2
+    warps = 8 if block_m * block_h >= 64 * 128 else 4
+    stages = 3
+    # beside the pipeline lie the hidden rows and a tile of the second weight
+    held = (block_m + block_n) * block_h * element_size
+    while stages > 1 and held + stages * (block_m + block_h) * block_k * element_size > shared_memory(capability):
+        stages -= 1
+    return GemmConfig(warps=warps, stages=stages, block_m=block_m, block_n=block_n, block_k=block_k, group_m=1)
+
+
 def kv(m: int, depth: int, element_size: int, multiprocessors: int = DEFAULT_MULTIPROCESSORS) -> GemmConfig:
     """Two products of the whole depth; fewer positions a program where the maps are small."""
     block_n = max(16, next_power_of_2(depth))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -43,9 +44,11 @@ def _device(device: torch.device) -> tuple[str | None, int, int]:
 
 def _forget() -> None:
     """Empties every cache of a choice."""
-    for choice in (
-        _device, depthwise_config, gemm_config, depthwise_gemm_config, kv_config, attention_config, pool_config
-    ):  # fmt: skip
+    choices: tuple[Any, ...] = (
+        _device, depthwise_config, gemm_config, depthwise_gemm_config, conv_pair_config, kv_config, attention_config,
+        pool_config,
+    )  # fmt: skip
+    for choice in choices:
         choice.cache_clear()
 
 
@@ -124,6 +127,19 @@ def depthwise_gemm_config(
         device,
         key,
         lambda: heuristics.depthwise_gemm(shape, n, dtype.itemsize, _device(device)[1]),
+    )
+
+
+@lru_cache(maxsize=4096)
+def conv_pair_config(
+    m: int, hidden: int, outputs: int, channels: int, dtype: torch.dtype, device: torch.device
+) -> GemmConfig:
+    """Config of `conv_pwconv`: m pixels, `channels` to `hidden` to `outputs`."""
+    return _choose(
+        GemmConfig,
+        device,
+        f"conv_pwconv/{dtype_name(dtype)}/m{m}h{hidden}n{outputs}c{channels}",
+        lambda: heuristics.conv_pair(m, hidden, outputs, channels, dtype.itemsize, *_device(device)[1:]),
     )
 
 

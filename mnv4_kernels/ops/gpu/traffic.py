@@ -6,10 +6,10 @@ as absolute times they are floors that no run has confirmed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .config import AttentionConfig, DepthwiseConfig, DepthwiseGemmConfig, GemmConfig
-from .launch import cdiv
+from .launch import cdiv, next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,55 @@ def gemm(m: int, n: int, k: int, element_size: int, config: GemmConfig, residual
         matmul=2.0 * tiles_m * config.block_m * tiles_n * config.block_n * padded_k,
         fma=0.0,
         programs=tiles_m * tiles_n,
+    )
+
+
+def conv(
+    batch: int,
+    channels: int,
+    outputs: int,
+    size: tuple[int, int],
+    out: tuple[int, int],
+    taps: int,
+    element_size: int,
+    config: GemmConfig,
+) -> Cost:
+    """`conv_bn_act`: the taps of a pixel come from L2, memory gives the map once."""
+    m = batch * out[0] * out[1]
+    cost = gemm(m, outputs, channels, element_size, config, taps=taps)
+    x = batch * channels * size[0] * size[1]
+    return replace(cost, memory=float(element_size * (x + m * outputs + outputs * channels * taps)))
+
+
+def conv_pair(
+    batch: int,
+    channels: int,
+    hidden: int,
+    outputs: int,
+    size: tuple[int, int],
+    out: tuple[int, int],
+    taps: int,
+    element_size: int,
+    config: GemmConfig,
+    residual: bool = False,
+) -> Cost:
+    """`conv_pwconv`: both products of a tile of pixels, the hidden rows on chip."""
+    m = batch * out[0] * out[1]
+    tiles = cdiv(m, config.block_m)
+    x = batch * channels * size[0] * size[1]
+    y = m * outputs * (2 if residual else 1)
+    weights = hidden * channels * taps + outputs * hidden
+    padded_k = cdiv(channels, config.block_k) * config.block_k * taps
+    block_h = max(16, next_power_of_2(hidden))
+    padded_n = cdiv(outputs, config.block_n) * config.block_n
+    through = m * channels * taps + tiles * weights + y
+    return Cost(
+        memory=element_size * (x + weights + y),
+        l2=element_size * through,
+        l1=element_size * through,
+        matmul=2.0 * tiles * config.block_m * block_h * (padded_k + padded_n),
+        fma=0.0,
+        programs=tiles,
     )
 
 
