@@ -72,8 +72,10 @@ class _Network(DropIn):
         return y.contiguous(memory_format=torch.channels_last)
 
     def _mnv4_whole(self, x: Any) -> bool:
-        """True where the network's own forwards here may run: eval mode on a plain CPU tensor."""
-        return not self._mnv4_obstacle(x) and not self.grad_checkpointing
+        """True where the forwards here may run: eval mode, a plain CPU tensor, and timm's methods where they were."""
+        own = self.__dict__
+        replaced = "forward_features" in own or "forward_head" in own
+        return not replaced and not self._mnv4_obstacle(x) and not self.grad_checkpointing
 
     def _mnv4_like_timm(self, y: torch.Tensor, x: torch.Tensor, stages: int) -> torch.Tensor:
         """`y`, the map after so many stages, in the memory format in which timm hands it out for the input `x`."""

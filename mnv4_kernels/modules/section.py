@@ -60,6 +60,8 @@ def sections(name: str, module: nn.Module) -> list[Step]:
         return [step for child, inner in module.named_children() for step in sections(f"{name}.{child}", inner)]
     if not isinstance(module, DropIn):
         return [Own(name, module, f"{type(module).__name__} is no drop-in")]
+    if leaves.tampered(module) or type(module)._mnv4_base not in type(module).__bases__:
+        return [Own(name, module, leaves.tampered(module) or f"{type(module).__name__} may compute something else")]
     body = module._mnv4_body("")
     if body.own or not body.fused:
         return [Own(name, module, "some of its pieces are timm's own")]
