@@ -5,6 +5,7 @@
     report = mk.patch(model)    # in place; print(report) says what was replaced, what was not and why
     mk.verify(model, x)         # raises unless every block is as exact as timm's
     mk.unpatch(model)
+    fast = mk.optimize(model)   # a new module, for inference on the CPU: the whole network as one planned program
 
 Importing this package registers the ops (`torch.ops.mnv4_kernels`) and changes nothing
 else. timm and Triton are imported by what needs them, when it is called.
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from . import environment, functional, ops
 
 if TYPE_CHECKING:
+    from .engine import OptimizedNetwork, OptimizeError, optimize
     from .modules import refresh
     from .patching import (
         PatchError,
@@ -51,10 +53,13 @@ _LAZY = {
         ),
         ".patching",
     ),
+    **dict.fromkeys(("OptimizeError", "OptimizedNetwork", "optimize"), ".engine"),
     "refresh": ".modules",
 }
 
 __all__ = [
+    "OptimizeError",
+    "OptimizedNetwork",
     "PatchError",
     "PatchReport",
     "VerificationError",
@@ -62,6 +67,7 @@ __all__ = [
     "explain",
     "functional",
     "ops",
+    "optimize",
     "patch",
     "patch_timm",
     "patched",
