@@ -65,7 +65,8 @@ def test_verify_passes_on_a_patched_model(name: str) -> None:
     mk.patch(model)
     report = mk.verify(model, images(1, 3, 96, 64))
     assert not report.failures
-    assert len(report.checks) == sum(len(stage) for stage in model.blocks) + 1
+    assert len(report.checks) == sum(len(stage) for stage in model.blocks) + 3
+    assert [check.name for check in report.checks][:: len(report.checks) - 1] == ["stem", "(whole model)"]
 
 
 @pytest.mark.parametrize("name", [SMALL, HYBRID])

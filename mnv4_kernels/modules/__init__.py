@@ -4,7 +4,7 @@ from . import leaves
 from .attention import MobileAttentionForward, MultiQueryAttention2dForward
 from .blocks import ConvBnActForward, ConvNormActForward, EdgeResidualForward, UniversalInvertedResidualForward
 from .dropin import PLANS, DropIn, make_room, refresh
-from .network import HEAD, PRE_LOGITS, STEM, MobileNetV3FeaturesForward, MobileNetV3Forward
+from .network import HEAD, PRE_LOGITS, STEM, MobileNetV3FeaturesForward, MobileNetV3Forward, timm_stem
 from .plan import Body, Plan
 from .steps import Own
 
@@ -28,4 +28,5 @@ __all__ = [
     "leaves",
     "make_room",
     "refresh",
+    "timm_stem",
 ]

@@ -34,6 +34,13 @@ def stem_body(network: nn.Module) -> Body:
     return Body(network, steps, bypassed=_with_children(conv, norm, act))
 
 
+def timm_stem(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The stem's result by timm's modules."""
+    modules: dict[str, Any] = dict(network._modules)
+    y = modules["bn1"](modules["conv_stem"](x))
+    return modules["act1"](y) if "act1" in modules else y
+
+
 def head_body(network: nn.Module, classifier: bool) -> Body:
     """Pool, `conv_head`, `norm_head`, `act2`, flatten, and the classifier or not."""
     modules: dict[str, Any] = dict(network._modules)
@@ -65,11 +72,7 @@ class _Network(DropIn):
         y = self._mnv4_run(x, STEM)
         if y is not None:
             return y
-        modules: dict[str, Any] = dict(self._modules)
-        y = modules["bn1"](modules["conv_stem"](x))
-        if "act1" in modules:
-            y = modules["act1"](y)
-        return y.contiguous(memory_format=torch.channels_last)
+        return timm_stem(self, x).contiguous(memory_format=torch.channels_last)
 
     def _mnv4_whole(self, x: Any) -> bool:
         """True where the forwards here may run: eval mode, a plain CPU tensor, and timm's methods where they were."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..modules import DropIn
+from ..modules import DropIn, timm_stem
 from . import tables
 from .instances import unpatch
 
@@ -36,7 +37,7 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class VerifyReport:
-    """One check a block, then the whole; `print` is a table."""
+    """Stem, blocks, head, and the whole; `print` is a table."""
 
     model: str
     checks: tuple[Check, ...]
@@ -108,12 +109,25 @@ def verify(model: nn.Module, x: torch.Tensor) -> VerifyReport:
     return report
 
 
-def _checks(patched: nn.Module, timm: nn.Module, exact: nn.Module, x: torch.Tensor) -> Iterator[Check]:
+def _checks(patched: Any, timm: Any, exact: Any, x: torch.Tensor) -> Iterator[Check]:
     mine, theirs, true = (dict(model.named_modules()) for model in (patched, timm, exact))
-    inputs = _inputs_of_blocks(timm, list(_outermost(patched)), x)
-    for name, value in inputs.items():
-        yield _check(name, mine[name], theirs[name], true[name], value)
-    yield _check(WHOLE, patched, timm, exact, x)
+    if isinstance(patched, DropIn) and "conv_stem" in mine:
+        stems = [partial(timm_stem, model) for model in (timm, exact)]
+        yield _check("stem", type(timm).__name__, (patched._mnv4_stem, *stems), x, 1)
+    for name, value in _inputs_of_blocks(timm, list(_outermost(patched)), x).items():
+        calls = (mine[name], theirs[name], true[name])
+        # the drop-ins' fast path is NHWC, as inside a patched network; formats change no value
+        given = value.contiguous(memory_format=torch.channels_last)
+        yield _check(name, type(theirs[name]).__name__, calls, given, _roundings(mine[name]))
+    if isinstance(patched, DropIn) and "classifier" in mine:
+        heads = [model.forward_head for model in (patched, timm, exact)]
+        given = timm.forward_features(x).contiguous(memory_format=torch.channels_last)
+        yield _check("head", type(timm).__name__, heads, given, 2)
+    yield _check(WHOLE, type(timm).__name__, (patched, timm, exact), x, _roundings(patched))
+
+
+def _roundings(module: nn.Module) -> int:
+    return sum(isinstance(part, nn.Conv2d) for part in module.modules())
 
 
 def _outermost(model: nn.Module, prefix: str = "") -> Iterator[str]:
@@ -147,12 +161,9 @@ def _inputs_of_blocks(timm: nn.Module, names: list[str], x: torch.Tensor) -> dic
     return inputs
 
 
-def _check(name: str, mine: nn.Module, timm: nn.Module, exact: nn.Module, x: torch.Tensor) -> Check:
-    whole = name == WHOLE
-    # the drop-ins' fast path is NHWC, as inside a patched network; formats change no value
-    given = x.clone() if whole else x.contiguous(memory_format=torch.channels_last)
-    roundings = math.sqrt(sum(isinstance(module, nn.Conv2d) for module in mine.modules()))
-    results = zip(_tensors(mine(given)), _tensors(timm(x.clone())), _tensors(exact(x.double())), strict=True)
+def _check(name: str, cls: str, calls: Sequence[Callable[..., Any]], x: torch.Tensor, roundings: int) -> Check:
+    mine, timm, exact = calls
+    results = zip(_tensors(mine(x.clone())), _tensors(timm(x.clone())), _tensors(exact(x.double())), strict=True)
     errors = (0.0, 0.0, 0.0, 0.0)
     failures: list[str] = []
     for actual, plain, true in results:
@@ -163,8 +174,8 @@ def _check(name: str, mine: nn.Module, timm: nn.Module, exact: nn.Module, x: tor
             _norm(plain - true) / max(_norm(true), _TINY),
         )
         errors = tuple(map(max, errors, found))  # type: ignore[assignment]
-        failures += _failures(actual, plain, true, roundings, whole)
-    return Check(name, type(timm).__name__, *errors, "; ".join(failures))
+        failures += _failures(actual, plain, true, math.sqrt(roundings), name == WHOLE)
+    return Check(name, cls, *errors, "; ".join(failures))
 
 
 _TINY = torch.finfo(torch.float64).tiny
