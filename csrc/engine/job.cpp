@@ -344,6 +344,7 @@ void LinearJob::run(const Context& context, int64_t begin, int64_t end, float*) 
   a.c_panel = kPanel;
   a.n = round_up(y_.columns, kPanel);
   a.act = act_;
+  a.chain = kShortChain;
   const int64_t panels = div_up(y_.columns, kPanel);
   gemm(kernel_, a, 0, x_.images, begin * kernel_.wide_panels, std::min(panels, end * kernel_.wide_panels));
 }

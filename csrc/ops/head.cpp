@@ -25,6 +25,7 @@ void product(const float* a, int64_t rows, int64_t k, const Packed& panels, cons
   args.c_panel = kPanel;
   args.n = n;
   args.act = act;
+  args.chain = kShortChain;
   const GemmKernel& kernel = gemm_kernel();
   const int64_t columns = div_up(n, kPanel);
   const int64_t chunks = std::min<int64_t>(columns, torch::stable::get_num_threads());

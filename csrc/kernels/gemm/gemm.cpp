@@ -45,41 +45,76 @@ float* copy_rows(const GemmArgs& args, int64_t first, int64_t rows, ptrdiff_t pi
   return buffer.data();
 }
 
+// The largest tile of any kernel, in floats.
+constexpr int kTileFloats = 16 * kPanel;
+
+// Sums of chains, and sums of those: a tree of three levels, whose error hardly grows with the length.
+class ChainSums {
+ public:
+  explicit ChainSums(GemmTile& tile) : tile_(tile) {
+    tile.partial = partial_;
+    tile.first = true;
+  }
+  // Between two chains; `last` tells whether the coming one ends the reduction.
+  void next(bool last) {
+    tile_.first = false;
+    if (++chains_ % kGroup == 0) {
+      for (int i = 0; i < kTileFloats; ++i) {
+        total_[i] = grouped_ ? total_[i] + partial_[i] : partial_[i];
+        partial_[i] = 0.0f;
+      }
+      grouped_ = true;
+    }
+    if (last && grouped_) {
+      for (int i = 0; i < kTileFloats; ++i) partial_[i] += total_[i];
+    }
+  }
+
+ private:
+  static constexpr int kGroup = 8;
+  GemmTile& tile_;
+  int chains_ = 0;
+  bool grouped_ = false;
+  alignas(64) float partial_[kTileFloats] = {};
+  alignas(64) float total_[kTileFloats];
+};
+
 // One tile's whole reduction, in chains: parts of a long segment, or several short ones.
+void run_chains(GemmTileFn fn, GemmTile& tile, const GemmArgs& args, const float* a, const ptrdiff_t* segment,
+                const float* b) {
+  const int64_t length = args.segment_length;
+  const int64_t chain = args.chain;
+  const bool long_segments = length >= chain;
+  const int64_t pieces = long_segments ? div_up(length, chain) : 1;
+  const int64_t run = long_segments ? 1 : chain / length;
+  const int64_t chains = div_up(args.segments, run) * pieces;
+  ChainSums sums(tile);
+  for (int64_t i = 0; i < chains; ++i) {
+    tile.last = i + 1 == chains;
+    if (i > 0) sums.next(tile.last);
+    const int64_t s = i / pieces * run;
+    const int64_t offset = i % pieces * chain;
+    tile.a = a + offset;
+    tile.segment = segment + s;
+    tile.segments = std::min(run, args.segments - s);
+    tile.segment_length = std::min(length - offset, long_segments ? chain : length);
+    tile.b = b;
+    fn(tile);
+    b += tile.segments * tile.segment_length * kPanel;
+  }
+}
+
 void run_tile(GemmTileFn fn, GemmTile& tile, const GemmArgs& args, const float* a, const ptrdiff_t* segment,
               const float* b) {
-  const int64_t length = args.segment_length;
-  tile.first = true;
-  if (length >= kChain) {
-    tile.segments = 1;
-    for (int64_t s = 0; s < args.segments; ++s) {
-      tile.segment = segment + s;
-      for (int64_t k = 0; k < length; k += kChain) {
-        tile.segment_length = std::min(kChain, length - k);
-        tile.a = a + k;
-        tile.b = b;
-        tile.last = s + 1 == args.segments && k + kChain >= length;
-        fn(tile);
-        b += tile.segment_length * kPanel;
-        tile.first = false;
-      }
-    }
-    return;
-  }
-  const int64_t run = kChain / std::max<int64_t>(1, length);
+  if (args.segments * args.segment_length > args.chain) return run_chains(fn, tile, args, a, segment, b);
   tile.a = a;
-  tile.segment_length = length;
-  int64_t s = 0;
-  do {
-    tile.segments = std::min(run, args.segments - s);
-    tile.segment = segment + s;
-    tile.b = b;
-    s += tile.segments;
-    tile.last = s == args.segments;
-    fn(tile);
-    b += tile.segments * length * kPanel;
-    tile.first = false;
-  } while (!tile.last);
+  tile.b = b;
+  tile.segment = segment;
+  tile.segments = args.segments;
+  tile.segment_length = args.segment_length;
+  tile.first = true;
+  tile.last = true;
+  fn(tile);
 }
 
 void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begin, int64_t row_end,
@@ -92,11 +127,9 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
   const int64_t tiles = div_up(rows, kernel.max_rows);
   const ptrdiff_t whole_row = 0;
   const ptrdiff_t* segment = args.segment;
-  // the largest tile of any kernel
-  alignas(64) float partial[16 * kPanel];
 
   GemmTile tile;
-  tile.partial = partial;
+  tile.partial = nullptr;
   tile.b_panel = args.b_panel;
   tile.residual_row = args.residual_row;
   tile.c_row = args.c_row;

@@ -42,6 +42,9 @@ struct GemmTile {
 // Longest chain of additions: the error of a plain sum grows with its length, and chains of a thousand leave the budget
 // that eager's own blocked sums set.
 inline constexpr int64_t kChain = 256;
+// For the head: eager's products of few rows sum in many lanes, which is more exact still. Memory, not arithmetic,
+// bounds these products, so short chains are free.
+inline constexpr int64_t kShortChain = 16;
 
 using GemmTileFn = void (*)(const GemmTile&);
 
@@ -83,6 +86,7 @@ struct GemmArgs {
   ptrdiff_t residual_panel;
   int64_t n;              // columns
   Activation act;
+  int64_t chain = kChain;
 };
 
 void gemm(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begin, int64_t row_end, int64_t panel_begin,

@@ -60,12 +60,12 @@ void narrow(const float* x, Storage type, void* y, int64_t n) {
 }
 
 void mean_pixels(const float* x, int64_t pixels, ptrdiff_t x_pixel, int64_t channels, float* y) {
-  const Vec inverse = Vec::broadcast(1.0f / static_cast<float>(pixels));
+  const Vec count = Vec::broadcast(static_cast<float>(pixels));
   for (int64_t c = 0; c < channels; c += Vec::kWidth) {
     const int valid = static_cast<int>(channels - c < Vec::kWidth ? channels - c : Vec::kWidth);
     Vec sum = Vec::zero();
     for (int64_t p = 0; p < pixels; ++p) sum = sum + Vec::load(x + p * x_pixel + c, valid);
-    (sum * inverse).store(y + c, valid);
+    (sum / count).store(y + c, valid);
   }
 }
 
