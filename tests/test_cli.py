@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,6 +80,15 @@ class TestVerify:
         printed = capsys.readouterr().out
         assert "conv_small_035 64px batch 1" in printed
         assert "conv_small_035 64px batch 2" in printed
+
+
+def test_the_example_of_the_readme_runs() -> None:
+    text = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    (example,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert names["report"].replaced
+    assert names["y"].shape == (1, 1000)
 
 
 class TestRun:

@@ -11,7 +11,7 @@ from .arguments import add_case_arguments, cases_of
 from .bench import print_result
 from .console import print_table, progress
 
-RUNTIMES = ["eager", "torch.compile", "ours patched"]
+RUNTIMES = ["eager", "torch.compile", "ours patched", "ours optimized"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
