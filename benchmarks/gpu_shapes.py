@@ -211,7 +211,7 @@ def calls(block: Block, dtype: torch.dtype, device: str, fused: bool | None = No
     elif isinstance(shape, ConvPairShape):
         yield from _pair_calls(block, shape, dtype, device, fused)
     elif isinstance(shape, AttentionShape):
-        yield from _attention_calls(block.name, shape, dtype, device)
+        yield from _attention_calls(block.name, shape, dtype, device, fused)
     else:
         x = _nhwc(shape.batch, shape.channels, shape.height, shape.width, dtype=dtype, device=device)
         weight = _nhwc(shape.features, shape.channels, 1, 1, dtype=dtype, device=device)
@@ -307,7 +307,9 @@ def _pair_calls(
         yield Call("pwconv_bn_act", f"{block.name}, second", (h, *product, residual))
 
 
-def _attention_calls(name: str, shape: AttentionShape, dtype: torch.dtype, device: str) -> Iterator[Call]:
+def _attention_calls(
+    name: str, shape: AttentionShape, dtype: torch.dtype, device: str, fused: bool | None
+) -> Iterator[Call]:
     def make(*size: int) -> torch.Tensor:
         return _nhwc(*size, dtype=dtype, device=device)
 
@@ -321,17 +323,22 @@ def _attention_calls(name: str, shape: AttentionShape, dtype: torch.dtype, devic
     stride = [shape.stride, shape.stride]
     yield Call("kv_downsample", f"{name} key and value", (x, *sets, stride, [1, 1, 1, 1], [1, 1]))
     query = make(shape.heads * shape.key_depth, channels, 1, 1)
-    yield Call("pwconv_bn_act", f"{name} query", (x, query, None, None, "none", None, None))
     positions = -(-height // shape.stride) * -(-width // shape.stride)
     # [N, P, D] as kv_downsample gives them
     key = make(batch, shape.key_depth, positions, 1)[..., 0].transpose(1, 2)
     value = make(batch, shape.value_depth, positions, 1)[..., 0].transpose(1, 2)
-    q = make(batch, shape.heads * shape.key_depth, height, width)
-    yield Call("mqa", f"{name} attention", (q, key, value, shape.heads, shape.key_depth**-0.5))
-    mixed = make(batch, shape.heads * shape.value_depth, height, width)
     output = make(channels, shape.heads * shape.value_depth, 1, 1)
     gamma = torch.rand(channels, device=device)
-    yield Call("pwconv_bn_act", f"{name} output", (mixed, output, None, None, "none", gamma, x))
+    last = (shape.heads, shape.key_depth**-0.5)
+    if fused is not False:
+        parts = (query, None, None, key, value, output, gamma, x)
+        yield Call("mqa_projected", f"{name} query, attention, output", (x, *parts, *last))
+    if fused is not True:
+        yield Call("pwconv_bn_act", f"{name} query", (x, query, None, None, "none", None, None))
+        q = make(batch, shape.heads * shape.key_depth, height, width)
+        yield Call("mqa", f"{name} attention", (q, key, value, *last))
+        mixed = make(batch, shape.heads * shape.value_depth, height, width)
+        yield Call("pwconv_bn_act", f"{name} output", (mixed, output, None, None, "none", gamma, x))
 
 
 def launches(call: Call) -> list[Launch]:

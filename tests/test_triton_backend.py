@@ -16,6 +16,7 @@ from mnv4_kernels.ops._contract import REFERENCES
 def test_every_op_with_a_kernel_has_a_contract_and_a_reference() -> None:
     import mnv4_kernels.ops.conv_pwconv
     import mnv4_kernels.ops.dwconv_pwconv
+    import mnv4_kernels.ops.mqa_projected
     import mnv4_kernels.ops.uib  # noqa: F401
 
     assert set(cuda.KERNELS) <= set(REFERENCES)

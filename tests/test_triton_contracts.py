@@ -11,6 +11,7 @@ from mnv4_kernels.ops.conv_bn_act import conv_bn_act
 from mnv4_kernels.ops.conv_pwconv import conv_pwconv
 from mnv4_kernels.ops.dwconv_bn_act import dwconv_bn_act
 from mnv4_kernels.ops.dwconv_pwconv import dwconv_pwconv
+from mnv4_kernels.ops.mqa_projected import mqa_projected
 from mnv4_kernels.ops.pwconv_bn_act import pwconv_bn_act
 from mnv4_kernels.ops.uib import uib
 
@@ -72,6 +73,16 @@ def test_opcheck_passes_for_whole_blocks_in_every_layout(layout: str) -> None:
 @pytest.mark.parametrize("kernels", [(0, 3), (5, 0), (0, 0)])
 def test_opcheck_passes_for_blocks_without_some_depthwise(kernels: tuple[int, int]) -> None:
     torch.library.opcheck(uib, _block("channels_last", kernels, residual=False))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_opcheck_passes_for_attention_between_its_projections_in_every_layout(layout: str) -> None:
+    x = _x(layout)
+    key, value = torch.randn(2, 5, 4), torch.randn(2, 5, 3)
+    query, output = torch.randn(8, 12, 1, 1), torch.randn(12, 6, 1, 1)
+    torch.library.opcheck(
+        mqa_projected, (x, query, *_affine(8), key, value, output, torch.rand(12), x, 2, 0.5), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_the_halves_are_what_their_names_say() -> None:

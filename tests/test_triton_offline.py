@@ -45,6 +45,7 @@ def _launches(family: str) -> list[Launch]:
     from mnv4_kernels.ops.head import triton_head as head
     from mnv4_kernels.ops.kv_downsample import triton_kv_downsample as kv
     from mnv4_kernels.ops.mqa import triton_mqa as attention
+    from mnv4_kernels.ops.mqa_projected import triton_mqa_projected as projected
     from mnv4_kernels.ops.pwconv_bn_act import triton_pwconv_bn_act as pointwise
 
     def channels(count: int) -> torch.Tensor:
@@ -78,6 +79,9 @@ def _launches(family: str) -> list[Launch]:
         ),
         "kv_downsample": lambda: kv.build(x, *down, *down, *two),
         "mqa": lambda: attention.build(_nhwc(64, 256, 16, 16), key, key, 4, 0.125),
+        "mqa_projected": lambda: projected.build(
+            x, _nhwc(256, 160, 1, 1), None, None, key, key, _nhwc(160, 256, 1, 1), channels(160), x, 4, 0.125
+        ),
         "pwconv_bn_act": lambda: pointwise.build(
             wide, _nhwc(160, 640, 1, 1), channels(160), channels(160), "relu", channels(160), x
         ),

@@ -24,6 +24,7 @@ KERNELS = {
     "head": "head.triton_head",
     "kv_downsample": "kv_downsample.triton_kv_downsample",
     "mqa": "mqa.triton_mqa",
+    "mqa_projected": "mqa_projected.triton_mqa_projected",
     "pwconv_bn_act": "pwconv_bn_act.triton_pwconv_bn_act",
     "uib": "uib.triton_uib",
 }
@@ -35,7 +36,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MINIMUM_CAPABILITY = (8, 0)
 
 #: widest key, value or head of the attention kernels
-MAX_DEPTH = {"kv_downsample": 256, "mqa": 128}
+MAX_DEPTH = {"kv_downsample": 256, "mqa": 128, "mqa_projected": 128}
 
 _OPS_PACKAGE = f"{__package__.rpartition('.')[0]}.ops"
 
@@ -65,6 +66,8 @@ def unsupported(op: str, arguments: tuple[Any, ...]) -> list[str]:
             found.append("`kv_downsample` has a Triton kernel for two depthwise convolutions or none, not for one")
     elif op == "mqa":
         widest = max(arguments[1].shape[2], arguments[2].shape[2])
+    elif op == "mqa_projected":
+        widest = max(arguments[4].shape[2], arguments[5].shape[2])
     else:
         return found
     if widest > MAX_DEPTH[op]:

@@ -183,11 +183,34 @@ def attention(
         shared_memory(capability) // 2
     ):
         block_keys //= 2
-    block_queries = 64 if block_keys <= 128 else 32
+    # 64 x 128 scores of float32 products spill on sm_80
+    block_queries = 64 if block_keys * element_size <= 256 else 32
     tiles = 1
     while tiles < 8 and batch * cdiv(queries, block_queries * tiles * 2) >= 2 * multiprocessors:
         tiles *= 2
     return AttentionConfig(warps=4, stages=1, queries=block_queries, tiles=tiles, keys=block_keys)
+
+
+def projected_attention(
+    positions: int,
+    keys: int,
+    depth: int,
+    batch: int,
+    element_size: int,
+    multiprocessors: int = DEFAULT_MULTIPROCESSORS,
+    capability: int = DEFAULT_CAPABILITY,
+) -> AttentionConfig:
+    """As `attention`, with 256 output channels of accumulators beside the scores: eight warps, fewer rows.
+
+    `keys` 0: the output's weight does not fit beside keys and values, so that each part gets a launch of its own.
+    """
+    if element_size == 4 and capability in CONSUMER_CAPABILITIES:
+        return AttentionConfig(warps=8, stages=1, queries=16, tiles=1, keys=0)
+    config = attention(positions, keys, depth, batch, element_size, multiprocessors, capability)
+    rows = 64 if config.keys <= 128 and element_size == 2 else 32
+    while rows > 16 and batch * cdiv(positions, rows) < multiprocessors:
+        rows //= 2
+    return AttentionConfig(warps=8, stages=1, queries=rows, tiles=1, keys=config.keys)
 
 
 def pool(channels: int, positions: int) -> PoolConfig:

@@ -46,7 +46,7 @@ def _forget() -> None:
     """Empties every cache of a choice."""
     choices: tuple[Any, ...] = (
         _device, depthwise_config, gemm_config, depthwise_gemm_config, conv_pair_config, kv_config, attention_config,
-        pool_config,
+        projected_attention_config, pool_config,
     )  # fmt: skip
     for choice in choices:
         choice.cache_clear()
@@ -164,6 +164,19 @@ def attention_config(
         device,
         f"mqa/{dtype_name(dtype)}/b{batch}q{queries}p{keys}d{depth}",
         lambda: heuristics.attention(queries, keys, depth, batch, dtype.itemsize, *_device(device)[1:]),
+    )
+
+
+@lru_cache(maxsize=4096)
+def projected_attention_config(
+    positions: int, keys: int, depth: int, batch: int, dtype: torch.dtype, device: torch.device
+) -> AttentionConfig:
+    """Config of `mqa_projected` over `positions` rows, all heads of each, and `keys` keys of one image."""
+    return _choose(
+        AttentionConfig,
+        device,
+        f"mqa_projected/{dtype_name(dtype)}/b{batch}q{positions}p{keys}d{depth}",
+        lambda: heuristics.projected_attention(positions, keys, depth, batch, dtype.itemsize, *_device(device)[1:]),
     )
 
 
