@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..ops.engine import engine_create, engine_free, engine_run
+from ..backends import native
+from ..ops.engine import Engine, engine_run
 from .program import FEATURES, RESULT
+
+#: What weights are stored in and inputs may be.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class OptimizeError(RuntimeError):
@@ -17,44 +20,55 @@ class OptimizeError(RuntimeError):
 
 
 class ProgramPart(nn.Module):
-    """One program of the engine. Its folded arrays are what is pickled; they are packed at the first call."""
+    """One program of the engine. Its folded arrays are what is copied and pickled; a copy packs them anew.
+
+    Args:
+        program: [nodes, fields] int64.
+        arrays: folded weights and biases, float32.
+    """
 
     def __init__(self, program: torch.Tensor, arrays: list[torch.Tensor]) -> None:
         super().__init__()
         self.program = program
         self.arrays = arrays
-        self._engine: _Handle | None = None
+        self._start()
+
+    def _start(self) -> None:
+        if not native.available():
+            raise OptimizeError("the engine needs the C++ library: " + "; ".join(native.reasons()))
+        self._engine = Engine(self.program, self.arrays)
+        # torch.compile guards on a module's plain integer, so that compiled code meets no other engine
+        self._handle = self._engine.handle
 
     def forward(self, x: torch.Tensor, tag: int = RESULT) -> list[torch.Tensor]:
         """[N, C, H, W] -> the outputs of `tag`, float32."""
-        if self._engine is None:
-            self._engine = _Handle(engine_create(self.program, self.arrays))
-        return engine_run(self._engine.value, x, tag)
+        results: list[torch.Tensor] = engine_run(self._handle, x, tag)
+        return results
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_engine": None}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_engine", "_handle")}
 
-
-class _Handle:
-    """An engine's handle, freed with the last reference."""
-
-    def __init__(self, value: int) -> None:
-        self.value = value
-        weakref.finalize(self, engine_free, value)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._start()
 
 
 class OptimizedNetwork(nn.Module):
     """Inference only: same results as the model that it was made from, within rounding.
 
     Args:
+        channels: of the input.
         parts: in order; all but the first take the map of the one before.
         taps: whether the results of the parts are a list of maps (features_only).
         head: whether the last part ends in logits or features [N, K].
         fallbacks: (module name, reason) of each piece that runs by timm's own code.
     """
 
-    def __init__(self, parts: list[nn.Module], taps: bool, head: bool, fallbacks: list[tuple[str, str]]) -> None:
+    def __init__(
+        self, channels: int, parts: list[nn.Module], taps: bool, head: bool, fallbacks: list[tuple[str, str]]
+    ) -> None:
         super().__init__()
+        self.channels = channels
         self.parts = nn.ModuleList(parts)
         self.taps = taps
         self.head = head
@@ -75,7 +89,7 @@ class OptimizedNetwork(nn.Module):
         return _like(self._run(x, FEATURES if self.head else RESULT)[-1], x)
 
     def _run(self, x: torch.Tensor, tag: int) -> list[torch.Tensor]:
-        _check(x)
+        self._check(x)
         found: list[torch.Tensor] = []
         y = x
         last = len(self.parts) - 1
@@ -89,6 +103,17 @@ class OptimizedNetwork(nn.Module):
                 y = part(y)
                 found += [y] if index == last or part.tap else []
         return found
+
+    def _check(self, x: Any) -> None:
+        if not isinstance(x, torch.Tensor) or x.dim() != 4 or x.shape[1] != self.channels:
+            got = f"shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+            raise ValueError(f"`x` must be a tensor [N, {self.channels}, H, W], got {got}")
+        if x.dtype not in DTYPES:
+            raise ValueError(f"`x` must be float32, bfloat16 or float16, got {x.dtype}")
+        if not x.is_cpu:
+            raise ValueError(f"`x` must be on the CPU, as the engine is, got {x.device}")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("an optimized network has no gradients: call it under torch.no_grad(), or use mk.patch")
 
     def extra_repr(self) -> str:
         """What runs by timm's own code."""
@@ -107,16 +132,6 @@ class TimmPart(nn.Module):
         """The block's result."""
         y: torch.Tensor = self.block(x.contiguous(memory_format=torch.channels_last))
         return y
-
-
-def _check(x: Any) -> None:
-    if not isinstance(x, torch.Tensor) or x.dim() != 4:
-        got = f"shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
-        raise ValueError(f"`x` must be a tensor [N, C, H, W], got {got}")
-    if not x.is_cpu:
-        raise ValueError(f"`x` must be on the CPU, as the engine is, got {x.device}")
-    if x.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError("an optimized network has no gradients: call it under torch.no_grad(), or use mk.patch")
 
 
 def _like(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -12,10 +12,8 @@ from ..backends import native
 from ..modules.dropin import DropIn
 from ..modules.network import HEAD, STEM
 from ..modules.steps import Own
-from .network import OptimizedNetwork, OptimizeError, ProgramPart, TimmPart
-from .program import FEATURES, RESULT, ProgramBuilder, Unsupported
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from .network import DTYPES, OptimizedNetwork, OptimizeError, ProgramPart, TimmPart
+from .program import FEATURES, RESULT, ProgramBuilder, UnsupportedError
 
 
 def optimize(model: nn.Module, dtype: torch.dtype = torch.float32, *, strict: bool = False) -> OptimizedNetwork:
@@ -33,7 +31,7 @@ def optimize(model: nn.Module, dtype: torch.dtype = torch.float32, *, strict: bo
     Raises:
         OptimizeError: the C++ library is missing, the model is none that the engine knows,
             or `strict` and a piece would run by timm's own code; names the module.
-        ValueError: another dtype; a model in train mode.
+        ValueError: another dtype; a model in train mode or not on the CPU.
     """
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
@@ -41,6 +39,9 @@ def optimize(model: nn.Module, dtype: torch.dtype = torch.float32, *, strict: bo
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
     if model.training:
         raise ValueError("`model` must be in eval mode: call model.eval() first")
+    devices = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} - {"cpu"}
+    if devices:
+        raise ValueError(f"`model` must be on the CPU, got {', '.join(sorted(devices))}")
     if not native.available():
         raise OptimizeError("the engine needs the C++ library: " + "; ".join(native.reasons()))
     from ..patching import patch
@@ -82,7 +83,9 @@ class _Assembly:
         if not features_only:
             self._head()
         self._close(final=True)
-        return OptimizedNetwork(self.parts, features_only, not features_only, self.fallbacks)
+        return OptimizedNetwork(
+            model.conv_stem.in_channels, self.parts, features_only, not features_only, self.fallbacks
+        )
 
     def _program(self) -> ProgramBuilder:
         if self.builder is None:
@@ -93,10 +96,10 @@ class _Assembly:
     def _piece(self, name: str, owner: nn.Module, key: str) -> None:
         try:
             if not isinstance(owner, DropIn):
-                raise Unsupported(f"{type(owner).__name__} is no block that the engine knows")
+                raise UnsupportedError(f"{type(owner).__name__} is no block that the engine knows")
             body = owner._mnv4_body(key)
             self.node = self._program().body(body, self.node)
-        except Unsupported as reason:
+        except UnsupportedError as reason:
             self._fall_back(name, owner, str(reason))
         self.channels = _channels_after(owner, key, self.channels)
 
@@ -142,4 +145,5 @@ def _channels_after(owner: Any, key: str, channels: int) -> int:
     if key == STEM:
         return int(owner.conv_stem.out_channels)
     # the last convolution of a block gives its width, but for squeeze-and-excitation inside
-    return int(getattr(owner, "pw_proj", None) and owner.pw_proj.conv.out_channels or convs[-1].out_channels)
+    last = owner.pw_proj.conv if hasattr(owner, "pw_proj") else convs[-1]
+    return int(last.out_channels)

@@ -26,7 +26,7 @@ FEATURES = 1
 _BLUR_PADDING = {"reflect": "reflect", "constant": "explicit"}
 
 
-class Unsupported(Exception):
+class UnsupportedError(Exception):
     """A piece that the engine has no node for; the text says which and why."""
 
 
@@ -86,16 +86,16 @@ class ProgramBuilder:
         return self._add("output", source, channels=tag)
 
     def body(self, body: Body, source: int) -> int:
-        """The nodes of a block; raises `Unsupported` before adding any."""
+        """The nodes of a block; raises `UnsupportedError` before adding any."""
         for step in body.steps:
             reason = _obstacle(step)
             if reason:
-                raise Unsupported(reason)
+                raise UnsupportedError(reason)
         if not body.steps:
             return source
         last = body.steps[-1]
         if body.residual and not (isinstance(last, Convolution | MultiQuery) and last.takes_residual):
-            raise Unsupported("a skip around a block that ends in no projection")
+            raise UnsupportedError("a skip around a block that ends in no projection")
         node = source
         for step in body.steps:
             residual = source if body.residual and step is last else -1
@@ -172,9 +172,9 @@ class ProgramBuilder:
             weight = folding._scaled(modules["down_conv"].weight.detach().double(), factor)
             arrays += [self._weight(weight), self._vector(offset, inputs), *self._projection(modules["proj"], None)]
         gamma: Any = None if step.layer_scale is None else step.layer_scale.gamma
-        factor, offset = folding.epilogue_of(output, None, gamma)
-        weight = folding._scaled(output.weight.detach().double(), factor)
-        self.arrays += [*arrays, self._weight(weight), self._vector(offset, output.out_channels)]
+        scale_out, shift_out = folding.epilogue_of(output, None, gamma)
+        weight = folding._scaled(output.weight.detach().double(), scale_out)
+        self.arrays += [*arrays, self._weight(weight), self._vector(shift_out, output.out_channels)]
         return node
 
     def _projection(self, conv: nn.Conv2d, norm: Any) -> list[torch.Tensor]:

@@ -1,5 +1,6 @@
 """A whole network in one call: see `mnv4_kernels.engine`."""
 
-from .contract import engine_create, engine_free, engine_profile, engine_run
+from .contract import engine_profile, engine_run
+from .handle import Engine
 
-__all__ = ["engine_create", "engine_free", "engine_profile", "engine_run"]
+__all__ = ["Engine", "engine_profile", "engine_run"]

@@ -1,0 +1,28 @@
+"""An engine for as long as someone holds it."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+
+from .contract import engine_create, engine_free
+from .programs import forget, remember
+
+
+class Engine:
+    """Packs `program` [nodes, fields] int64 and its float32 `arrays`; freed with the last reference.
+
+    Attributes:
+        handle: what `engine_run` takes; no two engines of a process have the same.
+    """
+
+    def __init__(self, program: torch.Tensor, arrays: list[torch.Tensor]) -> None:
+        self.handle: int = engine_create(program, arrays)
+        remember(self.handle, program)
+        weakref.finalize(self, _free, self.handle)
+
+
+def _free(handle: int) -> None:
+    forget(handle)
+    engine_free(handle)
