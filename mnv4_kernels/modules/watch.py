@@ -19,15 +19,18 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
 
 from . import leaves
 
 _version = attrgetter("_version")
 _data_ptr = torch.Tensor.data_ptr
 _training = itemgetter("training")
+_forward_hooks = (itemgetter("_forward_hooks"), itemgetter("_forward_pre_hooks"))
+_backward_hooks = (itemgetter("_backward_hooks"), itemgetter("_backward_pre_hooks"))
 
 # the attributes that a plan reads off a module of each kind
-_CONV = ("stride", "padding", "dilation", "groups", "padding_mode")
+_CONV = ("stride", "padding", "dilation", "padding_mode")
 _NORM = ("eps",)
 _GELU = ("approximate",)
 
@@ -43,12 +46,12 @@ class Watch:
 
     __slots__ = (
         "_anchors",
-        "_backward_hooks",
-        "_forward_hooks",
+        "_hooked",
         "_live",
         "_modes",
         "_parameters",
         "_pointers",
+        "_registered",
         "_settings",
         "_sizes",
         "_snapshot",
@@ -89,16 +92,8 @@ class Watch:
         self._values = [list(map(getter, states)) for getter, states in self._settings]
         # only these compute something else in train mode
         self._modes = [vars(module) for module in bypassed if _has_modes(module)]
-        self._forward_hooks = [
-            torch_module._global_forward_hooks,
-            torch_module._global_forward_pre_hooks,
-            *(hooks for module in bypassed for hooks in (module._forward_hooks, module._forward_pre_hooks)),
-        ]
-        self._backward_hooks = [
-            torch_module._global_backward_hooks,
-            torch_module._global_backward_pre_hooks,
-            *(hooks for module in bypassed for hooks in (module._backward_hooks, module._backward_pre_hooks)),
-        ]
+        # not known until `_is_hooked` looks
+        self._hooked, self._registered = True, -1
 
     def unchanged(self) -> bool:
         """True while everything that the plan was made of is as it was."""
@@ -114,9 +109,18 @@ class Watch:
             # an exchanged tensor is compared by value with the one that was there, which may not be possible
             return False
 
+    def _is_hooked(self) -> bool:
+        # torch counts the hooks that were ever registered: while that count stands, none is new
+        registered = RemovableHandle.next_id
+        if self._hooked or registered != self._registered:
+            hooks = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+            self._hooked = bool(hooks) or any(any(map(kind, self._states)) for kind in _forward_hooks)
+            self._registered = registered
+        return self._hooked
+
     def obstacle(self) -> str:
         """Why the modules must be called one by one now, as a sentence; empty: they need not."""
-        if any(self._forward_hooks):
+        if self._is_hooked():
             return "a forward hook on an inner module, or a global one"
         if any(map(_training, self._modes)):
             return "an inner normalisation or dropout is in train mode"
@@ -128,7 +132,8 @@ class Watch:
 
     def backward_hooked(self) -> bool:
         """True if an inner module, or all modules, have a backward hook."""
-        return any(self._backward_hooks)
+        hooks = torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks
+        return bool(hooks) or any(any(map(kind, self._states)) for kind in _backward_hooks)
 
 
 def _has_modes(module: nn.Module) -> bool:

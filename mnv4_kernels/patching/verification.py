@@ -112,15 +112,17 @@ def verify(model: nn.Module, x: torch.Tensor) -> VerifyReport:
 def _checks(patched: Any, timm: Any, exact: Any, x: torch.Tensor) -> Iterator[Check]:
     mine, theirs, true = (dict(model.named_modules()) for model in (patched, timm, exact))
     if isinstance(patched, DropIn) and "conv_stem" in mine:
-        stems = [partial(timm_stem, model) for model in (timm, exact)]
-        yield _check("stem", type(timm).__name__, (patched._mnv4_stem, *stems), x, 1)
+        stem: Any = patched._mnv4_stem
+        calls = (stem, partial(timm_stem, timm), partial(timm_stem, exact))
+        yield _check("stem", type(timm).__name__, calls, x, 1)
     for name, value in _inputs_of_blocks(timm, list(_outermost(patched)), x).items():
-        calls = (mine[name], theirs[name], true[name])
+        modules = (mine[name], theirs[name], true[name])
         # the drop-ins' fast path is NHWC, as inside a patched network; formats change no value
         given = value.contiguous(memory_format=torch.channels_last)
-        yield _check(name, type(theirs[name]).__name__, calls, given, _roundings(mine[name]))
+        yield _check(name, type(theirs[name]).__name__, modules, given, _roundings(mine[name]))
     if isinstance(patched, DropIn) and "classifier" in mine:
-        heads = [model.forward_head for model in (patched, timm, exact)]
+        networks: tuple[Any, ...] = (patched, timm, exact)
+        heads = [network.forward_head for network in networks]
         given = timm.forward_features(x).contiguous(memory_format=torch.channels_last)
         yield _check("head", type(timm).__name__, heads, given, 2)
     yield _check(WHOLE, type(timm).__name__, (patched, timm, exact), x, _roundings(patched))
