@@ -62,13 +62,15 @@ def row(role: str, launch: Launch, capability: int) -> dict[str, Any]:
     }
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """The worst row of each kernel, dtype and capability, and every problem."""
+def markdown(rows: list[dict[str, Any]], command: str) -> str:
+    """How it was made, the worst row of each kernel, dtype and capability, and every problem."""
     lines = [
         "# Offline table of the Triton kernels",
         "",
-        "Made without a GPU by `benchmarks/gpu_offline.py`: ptxas' figures of every binary that the heuristic",
-        "configs of the twelve models need; the most registers, spilled bytes and shared memory of each kernel.",
+        "Made without a GPU: ptxas' figures of every binary that the heuristic configs of these models need;",
+        "the most registers, spilled bytes and shared memory of each kernel.",
+        "",
+        f"`{command}`",
         "",
         "| kernel | dtype | sm | binaries | registers | spilled bytes | shared memory KiB |",
         "|---|---|---|---|---|---|---|",
@@ -107,7 +109,8 @@ def main() -> int:
     if arguments.write:
         RESULTS.mkdir(parents=True, exist_ok=True)
         (RESULTS / "gpu_offline.json").write_text(json.dumps(rows, indent=1) + "\n")
-        (RESULTS / "gpu_offline.md").write_text(markdown(rows))
+        command = " ".join(["python", "benchmarks/gpu_offline.py", *sys.argv[1:]])
+        (RESULTS / "gpu_offline.md").write_text(markdown(rows, command))
     return int(any(entry["problems"] for entry in rows))
 
 
