@@ -16,7 +16,10 @@ import mnv4_kernels as mk
 from mnv4_kernels import environment
 
 timm = pytest.importorskip("timm")
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning"),
+]
 
 
 def patched(name: str = SMALL, **options: Any) -> Any:
@@ -285,6 +288,16 @@ class TestTracing:
             traced = torch.jit.trace(model, images())
             assert "mnv4_kernels::" not in str(traced.inlined_graph)
             torch.testing.assert_close(traced(images()), model(images()), rtol=1e-4, atol=1e-4)
+
+    def test_torch_jit_script_is_refused_and_works_after_unpatch(self) -> None:
+        model = patched()
+        before = [id(module) for module in model.modules()]
+        with pytest.raises(RuntimeError, match=r"call mnv4_kernels\.unpatch\(model\) first"):
+            torch.jit.script(nn.Sequential(model))
+        assert [id(module) for module in model.modules()] == before
+        mk.unpatch(model)
+        with torch.no_grad():
+            torch.testing.assert_close(torch.jit.script(model)(images()), model(images()), rtol=1e-4, atol=1e-4)
 
     def test_fx_traces_through_a_patched_model(self) -> None:
         model = patched()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -205,6 +209,26 @@ def test_feature_extractors_lay_their_maps_out_as_eager_does(
 def test_low_precision_models_are_as_exact_as_timms(name: str, dtype: torch.dtype) -> None:
     model = create(name).to(dtype)
     assert_patched_is_as_exact(model, images().to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [SMALL, HYBRID])
+def test_weights_that_are_not_packed_give_the_same(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mnv4_kernels.modules.folding.native.available", lambda: False)
+    assert_patched_is_as_exact(create(name).to(dtype), images().to(dtype))
+
+
+def test_the_references_alone_are_as_exact() -> None:
+    code = (
+        "import sys; sys.modules['mnv4_kernels._C'] = None; import torch; torch.set_num_threads(1);"
+        "from models import HYBRID, assert_patched_is_as_exact, create, images;"
+        "from mnv4_kernels.backends import native; assert not native.available();"
+        "assert not assert_patched_is_as_exact(create(HYBRID), images()).left_alone"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(mk.__file__).parents[1])])
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, check=True, timeout=300)
 
 
 def test_pruned_models_keep_working() -> None:

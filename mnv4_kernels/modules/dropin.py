@@ -94,6 +94,10 @@ class DropIn(nn.Module):
         """Copies and pickles carry no plans: they hold folded weights of this very instance."""
         return {**self.__dict__, PLANS: {}}
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """torch.jit.script asks each module for what to compile; a drop-in's forward is not TorchScript."""
+        raise RuntimeError("torch.jit.script can't compile a patched model: call mnv4_kernels.unpatch(model) first")
+
 
 class BlockForward(DropIn):
     """A drop-in that is one piece as a whole."""
