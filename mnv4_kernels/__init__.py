@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from . import environment, functional, ops
 
 if TYPE_CHECKING:
-    from .engine import OptimizedNetwork, OptimizeError, optimize
+    from .engine import OptimizedNetwork, OptimizeError
+    from .engine.optimize import optimize
     from .modules import refresh
     from .patching import (
         PatchError,
