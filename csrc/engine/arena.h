@@ -9,11 +9,11 @@ namespace mnv4::engine {
 
 class ArenaLayout {
  public:
-  // Offset of `floats` floats that are written in step `first` and last read in step `last`, both included.
-  int64_t place(int64_t floats, int64_t first, int64_t last) {
+  // Offset of `bytes` bytes that are written in step `first` and last read in step `last`, both included.
+  int64_t place(int64_t bytes, int64_t first, int64_t last) {
     // whole cache lines, and one apart: neighbours of a power of two in size would share L1 sets
-    constexpr int64_t kLine = 16;
-    const int64_t size = (floats + kLine - 1) / kLine * kLine + kLine;
+    constexpr int64_t kLine = 64;
+    const int64_t size = (bytes + kLine - 1) / kLine * kLine + kLine;
     std::vector<Slot> alive;
     for (const Slot& s : slots_) {
       if (s.first <= last && first <= s.last) alive.push_back(s);

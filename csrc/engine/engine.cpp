@@ -1,7 +1,6 @@
 #include "engine/engine.h"
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "kernels/conv/conv.h"
 
@@ -21,6 +20,9 @@ struct Packing {
   int64_t inputs;
   int kernel_h;
   int kernel_w;
+  Storage type = Storage::kFloat32;
+
+  int64_t bytes() const { return floats() * storage_bytes(type); }
 
   int64_t floats() const {
     const int64_t columns = round_up(outputs, kPanel);
@@ -38,7 +40,15 @@ struct Packing {
     return 0;
   }
 
+  // `to` has room for floats() floats whatever the type.
   void pack(const Array& from, float* to) const {
+    pack_float32(from, to);
+    if (type == Storage::kFloat32) return;
+    const int64_t panels = div_up(outputs, kPanel);
+    pack_pairs(to, panels, floats() / (panels * kPanel), reinterpret_cast<uint16_t*>(to));
+  }
+
+  void pack_float32(const Array& from, float* to) const {
     const int taps = kernel_h * kernel_w;
     std::fill_n(to, floats(), 0.0f);
     switch (layout) {
@@ -61,18 +71,18 @@ struct Packing {
   }
 };
 
-// The packing of each of a node's arrays; `channels` are the node's input channels.
-std::vector<Packing> packings(const Node& n, int64_t channels) {
+// The packing of each of a node's arrays; `channels` are the node's input channels, `type` its input's.
+std::vector<Packing> packings(const Node& n, int64_t channels, Storage type) {
   using Layout = Packing::Layout;
   const int kh = static_cast<int>(n.kernel_h);
   const int kw = static_cast<int>(n.kernel_w);
   const auto vector = [](int64_t size) { return Packing{Layout::kVector, size, 1, 1, 1}; };
-  const auto product = [](int64_t outputs, int64_t inputs) {
-    return Packing{Layout::kProduct, outputs, inputs, 1, 1};
+  const auto product = [type](int64_t outputs, int64_t inputs) {
+    return Packing{Layout::kProduct, outputs, inputs, 1, 1, type};
   };
   switch (n.what()) {
     case Kind::kConv:
-      return {{Layout::kConv, n.channels, channels, kh, kw}, vector(n.channels)};
+      return {{Layout::kConv, n.channels, channels, kh, kw, type}, vector(n.channels)};
     case Kind::kDepthwise:
       return {{Layout::kDepthwise, n.channels, 1, kh, kw}, vector(n.channels)};
     case Kind::kPointwise:
@@ -95,32 +105,70 @@ std::vector<Packing> packings(const Node& n, int64_t channels) {
 
 }  // namespace
 
-Engine::Engine(const Program& program) : program_(program) {
+namespace {
+
+// A dense convolution that reads the caller's tensor reads float32, unless planes are made of it for others.
+bool reads_input(const Program& program, const Node& n) {
+  if (n.what() != Kind::kConv || n.input != 0) return false;
+  for (size_t i = 1; i < program.nodes.size(); ++i) {
+    const Node& other = program.nodes[i];
+    if (other.residual == 0 || (other.input == 0 && other.what() != Kind::kConv)) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+Engine::Engine(const Program& program, Storage compute) : program_(program), compute_(compute) {
   const size_t count = program_.nodes.size();
   std::vector<int64_t> channels(count, 0);
   std::vector<std::vector<Packing>> layouts(count);
-  int64_t floats = 0;
+  int64_t bytes = 0;
+  int64_t largest = 0;
   for (size_t i = 0; i < count; ++i) {
     const Node& n = program_.nodes[i];
     const int64_t inputs = i == 0 ? n.channels : channels[static_cast<size_t>(n.input)];
     const bool keeps = n.what() == Kind::kPool || n.what() == Kind::kOutput;
     channels[i] = keeps ? inputs : n.channels;
-    layouts[i] = packings(n, inputs);
-    for (const Packing& p : layouts[i]) floats += p.floats();
+    layouts[i] = packings(n, inputs, reads_input(program_, n) ? Storage::kFloat32 : compute);
+    for (const Packing& p : layouts[i]) {
+      bytes += p.bytes();
+      largest = std::max(largest, p.floats());
+    }
   }
-  // a tile's prefetch runs one panel's worth past the end
-  weights_ = Memory(static_cast<size_t>(floats + kPanel * kPanel) * sizeof(float));
-  float* to = weights_.floats();
+  // room to pack the last array in float32, and for a tile's prefetch past the end
+  weights_ = Memory(static_cast<size_t>(bytes) + static_cast<size_t>(largest + kPanel * kPanel) * sizeof(float));
+  char* to = weights_.data();
   packed_.resize(count);
   for (size_t i = 0; i < count; ++i) {
     for (size_t a = 0; a < layouts[i].size(); ++a) {
-      layouts[i][a].pack(program_.arrays[static_cast<size_t>(program_.nodes[i].weight) + a], to);
+      layouts[i][a].pack(program_.arrays[static_cast<size_t>(program_.nodes[i].weight) + a],
+                         reinterpret_cast<float*>(to));
       packed_[i].arrays.push_back(to);
-      to += layouts[i][a].floats();
+      const int64_t panels = std::max<int64_t>(1, div_up(layouts[i][a].outputs, kPanel));
+      slots_.push_back({i, a, layouts[i][a].type, layouts[i][a].floats() / (panels * kPanel), panels});
+      to += layouts[i][a].bytes();
     }
   }
   // the caller's arrays are only borrowed
   program_.arrays.clear();
+}
+
+const std::vector<PackedNode>& Engine::packed_for(Storage compute) {
+  if (compute == compute_) return packed_;
+  if (!widened_packed_.empty()) return widened_packed_;
+  int64_t floats = kPanel * kPanel;
+  for (const Slot& s : slots_) floats += s.type == Storage::kFloat32 ? 0 : s.panels * s.depth * kPanel;
+  widened_ = Memory(static_cast<size_t>(floats) * sizeof(float));
+  widened_packed_ = packed_;
+  auto* to = reinterpret_cast<float*>(widened_.data());
+  for (const Slot& s : slots_) {
+    if (s.type == Storage::kFloat32) continue;
+    unpack_pairs(static_cast<const uint16_t*>(packed_[s.node].arrays[s.array]), s.panels, s.depth, to);
+    widened_packed_[s.node].arrays[s.array] = to;
+    to += s.panels * s.depth * kPanel;
+  }
+  return widened_packed_;
 }
 
 std::shared_ptr<Plan> Engine::plan(const Shape& shape, int64_t workers, int64_t tag) {
@@ -134,7 +182,8 @@ std::shared_ptr<Plan> Engine::plan(const Shape& shape, int64_t workers, int64_t 
     plans_.splice(plans_.begin(), plans_, it);
     return it->plan;
   }
-  auto made = std::make_shared<Plan>(program_, packed_, shape, workers, tag);
+  const Storage compute = gemm_has_bfloat16() ? compute_ : Storage::kFloat32;
+  auto made = std::make_shared<Plan>(program_, packed_for(compute), shape, workers, tag, compute);
   plans_.push_front({shape, workers, tag, tier, made});
   if (plans_.size() > kPlans) plans_.pop_back();
   return made;
@@ -144,7 +193,7 @@ int64_t Engine::images_at_a_time(const Shape& shape, int64_t workers, int64_t ta
   if (shape.images <= 1) return shape.images;
   Shape one = shape;
   one.images = 1;
-  const double bytes = static_cast<double>(plan(one, workers, tag)->arena_floats()) * sizeof(float);
+  const double bytes = static_cast<double>(plan(one, workers, tag)->arena_bytes());
   const double budget = kCacheShare * static_cast<double>(cpu::cache_sizes().l3);
   return std::clamp<int64_t>(static_cast<int64_t>(budget / bytes), 1, shape.images);
 }
@@ -167,11 +216,10 @@ void Engine::run(const Shape& shape, const Input& input, const std::vector<float
     part.images = std::min(at_a_time, shape.images - first);
     const std::shared_ptr<Plan> chosen = plan(part, workers, tag);
     Memory memory = chosen->borrow();
-    const Context context{memory.floats(), in, out.data(), nullptr};
+    const Context context{memory.data(), in, out.data(), nullptr};
     Barrier barrier(workers);
     parallel(workers, [&](int64_t begin, int64_t end) {
-      float* scratch = memory.floats() + chosen->arena_floats() + begin * chosen->scratch_floats();
-      chosen->run(context, barrier, begin, end, scratch);
+      chosen->run(context, barrier, begin, end, chosen->scratch(memory, begin));
     });
     for (size_t i = 0; i < out.size(); ++i) {
       const Shape& s = chosen->outputs()[i];
@@ -198,11 +246,10 @@ Engine::Profile Engine::profile(const Shape& shape, const Input& input, int64_t 
   Profile found;
   found.seconds.assign(static_cast<size_t>(repeats) * steps, 0.0);
   for (int64_t r = 0; r < repeats; ++r) {
-    const Context context{memory.floats(), input, outputs.data(), found.seconds.data() + static_cast<size_t>(r) * steps};
+    const Context context{memory.data(), input, outputs.data(), found.seconds.data() + static_cast<size_t>(r) * steps};
     Barrier barrier(workers);
     parallel(workers, [&](int64_t begin, int64_t end) {
-      float* scratch = memory.floats() + chosen->arena_floats() + begin * chosen->scratch_floats();
-      chosen->run(context, barrier, begin, end, scratch);
+      chosen->run(context, barrier, begin, end, chosen->scratch(memory, begin));
     });
   }
   chosen->give_back(std::move(memory));

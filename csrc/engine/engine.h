@@ -20,7 +20,9 @@ using ParallelRegion = std::function<void(int64_t workers, const std::function<v
 
 class Engine {
  public:
-  explicit Engine(const Program& program);
+  // `compute` is how activations and the products' weights are stored: float32, or bfloat16, which runs as float32 on
+  // the same rounded weights while the tier in use does not multiply it.
+  Engine(const Program& program, Storage compute);
 
   // Shapes of the outputs for an input of `shape`.
   std::vector<Shape> output_shapes(const Shape& shape, int64_t workers, int64_t tag);
@@ -37,9 +39,15 @@ class Engine {
   Profile profile(const Shape& shape, const Input& input, int64_t workers, int64_t tag, int64_t repeats,
                   const ParallelRegion& parallel);
 
-  size_t weight_bytes() const { return weights_.bytes(); }
-
  private:
+  // An array's place in the packed weights.
+  struct Slot {
+    size_t node;
+    size_t array;
+    Storage type;
+    int64_t depth;   // values of K in a panel
+    int64_t panels;
+  };
   struct Entry {
     Shape shape;
     int64_t workers;
@@ -48,12 +56,18 @@ class Engine {
     std::shared_ptr<Plan> plan;
   };
 
+  const std::vector<PackedNode>& packed_for(Storage compute);
   std::shared_ptr<Plan> plan(const Shape& shape, int64_t workers, int64_t tag);
   int64_t images_at_a_time(const Shape& shape, int64_t workers, int64_t tag);
 
   Program program_;
+  Storage compute_;
+  std::vector<Slot> slots_;
   Memory weights_;
   std::vector<PackedNode> packed_;
+  // bfloat16 weights widened for a lower tier, made at need
+  Memory widened_;
+  std::vector<PackedNode> widened_packed_;
   std::mutex mutex_;
   std::list<Entry> plans_;  // most recent first
 };

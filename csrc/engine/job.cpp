@@ -18,11 +18,11 @@ int64_t mirrored(int64_t i, int64_t size) {
 }  // namespace
 
 Matrix Matrix::of(const Planes& p) {
-  return {p.offset, p.images, p.pixels(), p.image(), kPanel, p.plane(), p.channels};
+  return {p.offset, p.type, p.images, p.pixels(), p.image(), kPanel, p.plane(), p.channels};
 }
 
-Matrix Matrix::row_major(int64_t images, int64_t rows, int64_t columns) {
-  return {0, images, rows, rows * columns, columns, kPanel, columns};
+Matrix Matrix::row_major(Storage type, int64_t images, int64_t rows, int64_t columns) {
+  return {0, type, images, rows, rows * columns, columns, kPanel, columns};
 }
 
 int64_t Depthwise::padded_floats() const {
@@ -35,20 +35,22 @@ double Depthwise::plane_cost() const {
   return 2.0 * static_cast<double>(args.out_height * args.out_width * args.kernel_h * args.kernel_w * kPanel);
 }
 
-void Depthwise::run(const DwconvKernel& kernel, const float* x, float* out, int64_t block, int64_t row_begin,
+void Depthwise::run(const DwconvKernel& kernel, const void* x, void* out, int64_t block, int64_t row_begin,
                     int64_t row_end, float* padded) const {
   DwconvArgs a = args;
   a.x = x;
   a.x_pixel = kPanel;
   a.x_row = a.width * kPanel;
   if (reflect) {
+    const int64_t pixel_bytes = kPanel * storage_bytes(kernel.input);
     const int64_t height = (a.out_height - 1) * a.stride_h + a.kernel_h;
     const int64_t width = (a.out_width - 1) * a.stride_w + a.kernel_w;
+    auto* to = reinterpret_cast<char*>(padded);
     for (int64_t y = 0; y < height; ++y) {
-      const float* row = x + mirrored(y - a.pad_top, args.height) * a.x_row;
-      for (int64_t i = 0; i < width; ++i) {
-        const float* pixel = row + mirrored(i - a.pad_left, args.width) * kPanel;
-        std::memcpy(padded + (y * width + i) * kPanel, pixel, kPanel * sizeof(float));
+      const int64_t row = mirrored(y - a.pad_top, args.height) * args.width;
+      for (int64_t i = 0; i < width; ++i, to += pixel_bytes) {
+        const int64_t pixel = row + mirrored(i - a.pad_left, args.width);
+        std::memcpy(to, static_cast<const char*>(x) + pixel * pixel_bytes, static_cast<size_t>(pixel_bytes));
       }
     }
     a.x = padded;
@@ -77,20 +79,20 @@ void InputJob::run(const Context& context, int64_t begin, int64_t end, float*) c
     const int64_t row = begin % y_.height;
     for (int64_t block = 0; block < y_.blocks(); ++block) {
       const float* x = in.data + image * in.image + row * in.row + block * in.block;
-      float* y = context.arena + y_.offset + image * y_.image() + block * y_.plane() + row * y_.width * kPanel;
+      void* y = y_.at(context.arena, image * y_.image() + block * y_.plane() + row * y_.width * kPanel);
       const int64_t channels = std::min<int64_t>(kPanel, y_.channels - block * kPanel);
       for (int64_t i = 0; i < y_.width; ++i) {
-        for (int64_t c = 0; c < kPanel; ++c) {
-          y[i * kPanel + c] = c < channels ? x[i * in.pixel + c * in.channel] : 0.0f;
-        }
+        float pixel[kPanel] = {};
+        for (int64_t c = 0; c < channels; ++c) pixel[c] = x[i * in.pixel + c * in.channel];
+        pointwise_kernels().narrow(pixel, y_.type, advance(y, y_.type, i * kPanel), kPanel);
       }
     }
   }
 }
 
-ConvJob::ConvJob(const GemmKernel& kernel, const ConvArgs& args, const Planes& y, bool from_input, const Planes& x)
+ConvJob::ConvJob(const ConvArgs& args, const Planes& y, bool from_input, const Planes& x)
     : Job(y.images * y.height, static_cast<double>(y.width * args.out_channels * args.channels)),
-      kernel_(kernel),
+      kernel_(gemm_kernel(from_input ? Storage::kFloat32 : x.type, y.type)),
       args_(args),
       y_(y),
       from_input_(from_input),
@@ -122,9 +124,9 @@ void ConvJob::run(const Context& context, int64_t begin, int64_t end, float* scr
       a.x_row = in.row;
       a.x_pixel = in.pixel;
     } else {
-      a.x = context.arena + x_.offset + image * x_.image();
+      a.x = x_.at(context.arena, image * x_.image());
     }
-    a.y = context.arena + y_.offset + image * y_.image();
+    a.y = y_.at(context.arena, image * y_.image());
     conv(kernel_, a, row, row + rows, scratch);
     begin += rows;
   }
@@ -132,28 +134,35 @@ void ConvJob::run(const Context& context, int64_t begin, int64_t end, float* scr
 
 namespace {
 
-int64_t panel_tiles(const GemmKernel& kernel, int64_t rows) { return div_up(rows, kernel.max_rows); }
-
-int64_t panel_units(const GemmKernel& kernel, const PanelJob::Spec& s) {
-  const int64_t panels = s.x.images * div_up(s.y.columns, kPanel);
-  return s.dw || s.mean ? panels : panels * panel_tiles(kernel, s.x.rows);
+const GemmKernel& panel_kernel(const PanelJob::Spec& s) {
+  // what a rider consumes at once is kept as it was summed
+  return gemm_kernel(s.x.type, s.keep_y ? s.y.type : Storage::kFloat32);
 }
 
-double panel_cost(const GemmKernel& kernel, const PanelJob::Spec& s) {
-  const double product = static_cast<double>(s.x.rows * s.x.columns * kPanel);
-  if (!s.dw && !s.mean) return product / static_cast<double>(panel_tiles(kernel, s.x.rows));
+int64_t panel_tiles(const PanelJob::Spec& s) { return div_up(s.x.rows, panel_kernel(s).max_rows); }
+
+int64_t panel_units(const PanelJob::Spec& s) {
+  const int64_t panels = s.x.images * div_up(s.y.columns, kPanel);
+  return s.dw || s.mean ? panels : panels * panel_tiles(s);
+}
+
+double panel_cost(const PanelJob::Spec& s) {
+  const double rate = s.x.type == Storage::kBfloat16 ? 2.0 : 1.0;
+  const double product = static_cast<double>(s.x.rows * s.x.columns * kPanel) / rate;
+  if (!s.dw && !s.mean) return product / static_cast<double>(panel_tiles(s));
   return product + (s.dw ? s.dw->plane_cost() : 0.0);
 }
 
 }  // namespace
 
-PanelJob::PanelJob(const GemmKernel& kernel, Spec spec)
-    : Job(panel_units(kernel, spec), panel_cost(kernel, spec)),
-      kernel_(kernel),
-      dwconv_(dwconv_kernel()),
+PanelJob::PanelJob(Spec spec)
+    : Job(panel_units(spec), panel_cost(spec)),
+      kernel_(panel_kernel(spec)),
+      dwconv_(dwconv_kernel(spec.keep_y ? spec.y.type : Storage::kFloat32,
+                            spec.dw ? spec.dw->y.type : Storage::kFloat32)),
       spec_(std::move(spec)),
       whole_(spec_.dw || spec_.mean),
-      tiles_(panel_tiles(kernel, spec_.x.rows)) {
+      tiles_(panel_tiles(spec_)) {
   const bool planes = spec_.x.row == kPanel && spec_.x.panel != kPanel;
   const int64_t segments = planes ? spec_.depth / kPanel : 1;
   for (int64_t s = 0; s < segments; ++s) segment_.push_back(s * spec_.x.panel);
@@ -168,34 +177,36 @@ void PanelJob::panel(const Context& context, int64_t image, int64_t panel, int64
                      float* scratch) const {
   const Spec& s = spec_;
   GemmArgs a{};
-  a.a = context.arena + s.x.offset + image * s.x.image;
+  a.a = s.x.at(context.arena, image * s.x.image);
   a.a_row = s.x.row;
   a.segment = segment_.data();
   a.segments = static_cast<int64_t>(segment_.size());
-  a.segment_length = a.segments > 1 ? kPanel : s.x.columns;
-  a.b = s.weight + panel * s.depth * kPanel;
+  a.segment_length = a.segments > 1 ? kPanel : s.x.panel == kPanel ? s.x.columns : s.depth;
+  a.b = advance(s.weight, s.x.type, panel * s.depth * kPanel);
   a.bias = s.bias + panel * kPanel;
   a.act = s.act;
   // planes are padded to whole panels, rows of a matrix are not
-  const bool row_major = s.y.panel == kPanel && s.keep_y;
+  const bool row_major = s.y.panel == kPanel && s.keep_y && s.y.row != kPanel;
   a.n = row_major ? std::min<int64_t>(kPanel, s.y.columns - panel * kPanel) : kPanel;
-  a.c = s.keep_y ? context.arena + s.y.offset + image * s.y.image + panel * s.y.panel : scratch;
+  a.c = s.keep_y ? s.y.at(context.arena, image * s.y.image + panel * s.y.panel) : scratch;
   a.c_row = s.keep_y ? s.y.row : kPanel;
   a.c_panel = kPanel;
   if (s.has_residual) {
-    a.residual = context.arena + s.residual.offset + image * s.residual.image + panel * s.residual.panel;
+    a.residual = s.residual.at(context.arena, image * s.residual.image + panel * s.residual.panel);
     a.residual_row = s.residual.row;
     a.residual_panel = kPanel;
   }
   gemm(kernel_, a, row_begin, row_end, 0, 1);
   if (s.dw) {
-    float* y = context.arena + s.dw->y.offset + image * s.dw->y.image() + panel * s.dw->y.plane();
+    void* y = s.dw->y.at(context.arena, image * s.dw->y.image() + panel * s.dw->y.plane());
     float* padded = scratch + (s.keep_y ? 0 : s.x.rows * kPanel);
     s.dw->run(dwconv_, a.c, y, panel, 0, s.dw->args.out_height, padded);
   }
   if (s.mean) {
-    float* y = context.arena + s.mean_y.offset + image * s.mean_y.image + panel * s.mean_y.panel;
-    pointwise_kernels().mean_pixels(a.c, s.x.rows, kPanel, kPanel, y);
+    float mean[kPanel];
+    pointwise_kernels().mean_pixels(scratch, s.x.rows, kPanel, kPanel, mean);
+    void* y = s.mean_y.at(context.arena, image * s.mean_y.image() + panel * kPanel);
+    pointwise_kernels().narrow(mean, s.mean_y.type, y, kPanel);
   }
 }
 
@@ -215,9 +226,9 @@ void PanelJob::run(const Context& context, int64_t begin, int64_t end, float* sc
   }
 }
 
-DepthwiseJob::DepthwiseJob(const DwconvKernel& kernel, const Planes& x, Depthwise dw)
+DepthwiseJob::DepthwiseJob(const Planes& x, Depthwise dw)
     : Job(dw.y.images * dw.y.blocks() * dw.y.height, dw.plane_cost() / static_cast<double>(dw.y.height)),
-      kernel_(kernel),
+      kernel_(dwconv_kernel(x.type, dw.y.type)),
       x_(x),
       dw_(std::move(dw)) {}
 
@@ -226,16 +237,15 @@ void DepthwiseJob::run(const Context& context, int64_t begin, int64_t end, float
     const int64_t row = begin % dw_.y.height;
     const int64_t rows = std::min(dw_.y.height - row, end - begin);
     const int64_t plane = begin / dw_.y.height;  // image and block: planes of a batch are adjacent
-    dw_.run(kernel_, context.arena + x_.offset + plane * x_.plane(),
-            context.arena + dw_.y.offset + plane * dw_.y.plane(), plane % x_.blocks(), row, row + rows, scratch);
+    dw_.run(kernel_, x_.at(context.arena, plane * x_.plane()), dw_.y.at(context.arena, plane * dw_.y.plane()),
+            plane % x_.blocks(), row, row + rows, scratch);
     begin += rows;
   }
 }
 
-DownsampleJob::DownsampleJob(const DwconvKernel& kernel, const Planes& x, const float* scale, const float* shift,
-                             Depthwise key, Depthwise value)
+DownsampleJob::DownsampleJob(const Planes& x, const float* scale, const float* shift, Depthwise key, Depthwise value)
     : Job(x.images * x.blocks(), key.plane_cost() + value.plane_cost() + static_cast<double>(x.plane())),
-      kernel_(kernel),
+      kernel_(dwconv_kernel(Storage::kFloat32, key.y.type)),
       x_(x),
       scale_(scale),
       shift_(shift),
@@ -245,14 +255,14 @@ DownsampleJob::DownsampleJob(const DwconvKernel& kernel, const Planes& x, const 
 void DownsampleJob::run(const Context& context, int64_t begin, int64_t end, float* scratch) const {
   for (; begin < end; ++begin) {
     const int64_t block = begin % x_.blocks();
-    const float* x = context.arena + x_.offset + begin * x_.plane();
     const float* scale = scale_ + block * kPanel;
     const float* shift = shift_ + block * kPanel;
+    pointwise_kernels().widen(x_.at(context.arena, begin * x_.plane()), x_.type, scratch, x_.plane());
     for (int64_t p = 0; p < x_.pixels(); ++p) {
-      for (int c = 0; c < kPanel; ++c) scratch[p * kPanel + c] = x[p * kPanel + c] * scale[c] + shift[c];
+      for (int c = 0; c < kPanel; ++c) scratch[p * kPanel + c] = scratch[p * kPanel + c] * scale[c] + shift[c];
     }
     for (const Depthwise* path : {&key_, &value_}) {
-      float* y = context.arena + path->y.offset + begin * path->y.plane();
+      void* y = path->y.at(context.arena, begin * path->y.plane());
       path->run(kernel_, scratch, y, block, 0, path->args.out_height, nullptr);
     }
   }
@@ -269,96 +279,98 @@ void KeyPanelsJob::run(const Context& context, int64_t begin, int64_t end, float
   for (; begin < end; ++begin) {
     const int64_t image = begin / panels;
     const int64_t first = begin % panels * kPanel;
-    pack_panels(context.arena + key_.offset + image * key_.image + first * key_.row,
-                std::min<int64_t>(kPanel, key_.rows - first), key_dim_, key_.row, 1,
-                context.arena + packed_offset_ + begin * key_dim_ * kPanel);
+    const auto* key = static_cast<const float*>(key_.at(context.arena, image * key_.image + first * key_.row));
+    auto* packed = reinterpret_cast<float*>(context.arena + packed_offset_) + begin * key_dim_ * kPanel;
+    pack_panels(key, std::min<int64_t>(kPanel, key_.rows - first), key_dim_, key_.row, 1, packed);
   }
 }
 
-AttentionJob::AttentionJob(const GemmKernel& kernel, const AttentionArgs& args, int64_t images, int64_t rows,
-                           int64_t query_offset, int64_t key_offset, int64_t value_offset, int64_t y_offset)
-    : Job(images * div_up(rows, 2 * kernel.max_rows), 1.0),
-      kernel_(kernel),
+AttentionJob::AttentionJob(const AttentionArgs& args, int64_t images, int64_t rows, const Matrix& query,
+                           int64_t key_offset, const Planes& value, const Matrix& y)
+    : Job(images * div_up(rows, 2 * gemm_kernel().max_rows), 1.0),
+      kernel_(gemm_kernel()),
+      mixing_(gemm_kernel(Storage::kFloat32, y.type)),
       args_(args),
-      images_(images),
       rows_(rows),
-      blocks_(div_up(rows, 2 * kernel.max_rows)),
-      query_offset_(query_offset),
+      blocks_(div_up(rows, 2 * kernel_.max_rows)),
+      query_(query),
       key_offset_(key_offset),
-      value_offset_(value_offset),
-      y_offset_(y_offset) {}
+      value_(value),
+      y_(y) {}
 
 void AttentionJob::run(const Context& context, int64_t begin, int64_t end, float* scratch) const {
   const int64_t key_panels = div_up(args_.positions, kPanel) * args_.key_dim * kPanel;
-  const int64_t value_panels = div_up(args_.value_dim, kPanel) * args_.positions * kPanel;
   while (begin < end) {
     const int64_t image = begin / blocks_;
     const int64_t block = begin % blocks_;
     const int64_t count = std::min(blocks_ - block, end - begin);
     AttentionArgs a = args_;
-    a.query = context.arena + query_offset_ + image * rows_ * a.key_dim;
-    a.key = context.arena + key_offset_ + image * key_panels;
-    a.value = context.arena + value_offset_ + image * value_panels;
-    a.y = context.arena + y_offset_ + image * rows_ * a.value_dim;
-    attention(kernel_, a, rows_ * block / blocks_, rows_ * (block + count) / blocks_, scratch);
+    a.query = static_cast<const float*>(query_.at(context.arena, image * rows_ * a.key_dim));
+    a.key = reinterpret_cast<const float*>(context.arena + key_offset_) + image * key_panels;
+    a.value = static_cast<const float*>(value_.at(context.arena, image * value_.image()));
+    a.y = y_.at(context.arena, image * rows_ * a.value_dim);
+    attention(kernel_, mixing_, a, rows_ * block / blocks_, rows_ * (block + count) / blocks_, scratch);
     begin += count;
   }
 }
 
-MeanJob::MeanJob(const Planes& x, const Matrix& y)
+MeanJob::MeanJob(const Planes& x, const Planes& y)
     : Job(x.images * x.blocks(), static_cast<double>(x.plane())), x_(x), y_(y) {}
 
-void MeanJob::run(const Context& context, int64_t begin, int64_t end, float*) const {
+void MeanJob::run(const Context& context, int64_t begin, int64_t end, float* scratch) const {
   for (; begin < end; ++begin) {
-    const float* x = context.arena + x_.offset + begin * x_.plane();
-    float* y = context.arena + y_.offset + begin * kPanel;
-    pointwise_kernels().mean_pixels(x, x_.pixels(), kPanel, kPanel, y);
+    float mean[kPanel];
+    pointwise_kernels().widen(x_.at(context.arena, begin * x_.plane()), x_.type, scratch, x_.plane());
+    pointwise_kernels().mean_pixels(scratch, x_.pixels(), kPanel, kPanel, mean);
+    pointwise_kernels().narrow(mean, y_.type, y_.at(context.arena, begin * kPanel), kPanel);
   }
 }
 
-LinearJob::LinearJob(const GemmKernel& kernel, const Matrix& x, const Matrix& y, const float* weight, int64_t depth,
-                     const float* bias, Activation act)
-    : Job(div_up(div_up(y.columns, kPanel), kernel.wide_panels),
-          static_cast<double>(x.images * x.columns * kPanel * kernel.wide_panels)),
-      kernel_(kernel),
+LinearJob::LinearJob(const Planes& x, const Planes& y, const void* weight, const float* bias, Activation act)
+    : Job(div_up(y.blocks(), gemm_kernel(x.type, y.type).wide_panels),
+          static_cast<double>(x.images * x.image() * kPanel)),
+      kernel_(gemm_kernel(x.type, y.type)),
       x_(x),
       y_(y),
       weight_(weight),
-      depth_(depth),
       bias_(bias),
       act_(act) {}
 
 void LinearJob::run(const Context& context, int64_t begin, int64_t end, float*) const {
   const ptrdiff_t whole_row = 0;
   GemmArgs a{};
-  a.a = context.arena + x_.offset;
-  a.a_row = x_.image;
+  a.a = x_.at(context.arena, 0);
+  a.a_row = x_.image();
   a.segment = &whole_row;
   a.segments = 1;
-  a.segment_length = x_.columns;
+  a.segment_length = x_.image();
   a.b = weight_;
-  a.b_panel = depth_ * kPanel;
+  a.b_panel = x_.image() * kPanel;
   a.bias = bias_;
-  a.c = context.arena + y_.offset;
-  a.c_row = y_.image;
+  a.c = y_.at(context.arena, 0);
+  a.c_row = y_.image();
   a.c_panel = kPanel;
-  a.n = round_up(y_.columns, kPanel);
+  a.n = y_.image();
   a.act = act_;
   a.chain = kShortChain;
-  const int64_t panels = div_up(y_.columns, kPanel);
-  gemm(kernel_, a, 0, x_.images, begin * kernel_.wide_panels, std::min(panels, end * kernel_.wide_panels));
+  gemm(kernel_, a, 0, x_.images, begin * kernel_.wide_panels, std::min(y_.blocks(), end * kernel_.wide_panels));
 }
 
 OutputJob::OutputJob(const Planes& x, int64_t index)
     : Job(x.images * x.blocks(), static_cast<double>(x.plane())), x_(x), index_(index) {}
 
-void OutputJob::run(const Context& context, int64_t begin, int64_t end, float*) const {
+void OutputJob::run(const Context& context, int64_t begin, int64_t end, float* scratch) const {
   const int64_t pixels = x_.pixels();
   for (; begin < end; ++begin) {
     const int64_t image = begin / x_.blocks();
     const int64_t first = begin % x_.blocks() * kPanel;
     const int64_t channels = std::min<int64_t>(kPanel, x_.channels - first);
-    const float* x = context.arena + x_.offset + begin * x_.plane();
+    const void* plane = x_.at(context.arena, begin * x_.plane());
+    const auto* x = static_cast<const float*>(plane);
+    if (x_.type != Storage::kFloat32) {
+      pointwise_kernels().widen(plane, x_.type, scratch, x_.plane());
+      x = scratch;
+    }
     float* y = context.outputs[index_] + (image * x_.channels + first) * pixels;
     for (int64_t c = 0; c < channels; ++c) {
       for (int64_t p = 0; p < pixels; ++p) y[c * pixels + p] = x[p * kPanel + c];

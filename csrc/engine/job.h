@@ -16,7 +16,8 @@ namespace mnv4::engine {
 
 // Activations of one node: planes of 16 channels, [image][block][pixel][16], the last block padded with zeros.
 struct Planes {
-  int64_t offset = 0;  // floats from the arena's start
+  int64_t offset = 0;  // bytes from the arena's start
+  Storage type = Storage::kFloat32;
   int64_t images = 0;
   int64_t channels = 0;
   int64_t height = 0;
@@ -26,7 +27,9 @@ struct Planes {
   int64_t blocks() const { return div_up(channels, kPanel); }
   int64_t plane() const { return pixels() * kPanel; }
   int64_t image() const { return blocks() * plane(); }
-  int64_t floats() const { return images * image(); }
+  int64_t bytes() const { return images * image() * storage_bytes(type); }
+  // Element i, in an arena that starts at `arena`.
+  void* at(char* arena, int64_t i) const { return advance(static_cast<void*>(arena + offset), type, i); }
 };
 
 // The caller's input, strides in floats.
@@ -41,7 +44,7 @@ struct Input {
 
 // One run of a plan.
 struct Context {
-  float* arena;
+  char* arena;
   Input input;
   float* const* outputs;
   // [step] seconds between the barriers, as worker 0 sees them; null where nobody asks
@@ -70,7 +73,7 @@ struct Depthwise {
   Planes y;
 
   // One plane: rows [row_begin, row_end). `padded` is scratch for the mirrored plane.
-  void run(const DwconvKernel& kernel, const float* x, float* y, int64_t block, int64_t row_begin, int64_t row_end,
+  void run(const DwconvKernel& kernel, const void* x, void* y, int64_t block, int64_t row_begin, int64_t row_end,
            float* padded) const;
   int64_t padded_floats() const;
   double plane_cost() const;
@@ -89,7 +92,7 @@ class InputJob : public Job {
 // Dense convolution; a unit is an output row of an image.
 class ConvJob : public Job {
  public:
-  ConvJob(const GemmKernel& kernel, const ConvArgs& args, const Planes& y, bool from_input, const Planes& x);
+  ConvJob(const ConvArgs& args, const Planes& y, bool from_input, const Planes& x);
   void run(const Context& context, int64_t begin, int64_t end, float* scratch) const override;
   int64_t scratch_floats() const override { return conv_scratch(args_); }
 
@@ -103,7 +106,8 @@ class ConvJob : public Job {
 
 // The left operand or the result of a product: planes, or rows of a plain matrix.
 struct Matrix {
-  int64_t offset = 0;
+  int64_t offset = 0;  // bytes
+  Storage type = Storage::kFloat32;
   int64_t images = 0;
   int64_t rows = 0;        // per image
   ptrdiff_t image = 0;
@@ -112,8 +116,9 @@ struct Matrix {
   int64_t columns = 0;
 
   static Matrix of(const Planes& p);
-  static Matrix row_major(int64_t images, int64_t rows, int64_t columns);
-  int64_t floats() const { return images * image; }
+  static Matrix row_major(Storage type, int64_t images, int64_t rows, int64_t columns);
+  int64_t bytes() const { return images * image * storage_bytes(type); }
+  void* at(char* arena, int64_t i) const { return advance(static_cast<void*>(arena + offset), type, i); }
 };
 
 // Pointwise convolution, and what rides on it while a panel of 16 channels is in cache.
@@ -124,16 +129,16 @@ class PanelJob : public Job {
     Matrix y;
     bool keep_y = true;      // else y is scratch that the rider consumes
     int64_t depth = 0;       // rows of a packed panel
-    const float* weight = nullptr;
+    const void* weight = nullptr;  // of x's type
     const float* bias = nullptr;
     Activation act = Activation::kNone;
     bool has_residual = false;
     Matrix residual;
     std::unique_ptr<Depthwise> dw;  // of the panel's plane
-    bool mean = false;              // of the panel's plane, over its pixels
-    Matrix mean_y;
+    bool mean = false;              // of the panel's plane, over its pixels; only where y is not kept
+    Planes mean_y;
   };
-  PanelJob(const GemmKernel& kernel, Spec spec);
+  explicit PanelJob(Spec spec);
   void run(const Context& context, int64_t begin, int64_t end, float* scratch) const override;
   int64_t scratch_floats() const override;
 
@@ -152,7 +157,7 @@ class PanelJob : public Job {
 // Depthwise convolution of its own; a unit is an output row of one plane.
 class DepthwiseJob : public Job {
  public:
-  DepthwiseJob(const DwconvKernel& kernel, const Planes& x, Depthwise dw);
+  DepthwiseJob(const Planes& x, Depthwise dw);
   void run(const Context& context, int64_t begin, int64_t end, float* scratch) const override;
   int64_t scratch_floats() const override { return dw_.padded_floats(); }
 
@@ -165,8 +170,7 @@ class DepthwiseJob : public Job {
 // Normalises a plane and downsamples it for key and for value; a unit is a plane.
 class DownsampleJob : public Job {
  public:
-  DownsampleJob(const DwconvKernel& kernel, const Planes& x, const float* scale, const float* shift, Depthwise key,
-                Depthwise value);
+  DownsampleJob(const Planes& x, const float* scale, const float* shift, Depthwise key, Depthwise value);
   void run(const Context& context, int64_t begin, int64_t end, float* scratch) const override;
   int64_t scratch_floats() const override { return x_.plane(); }
 
@@ -194,44 +198,46 @@ class KeyPanelsJob : public Job {
 // Scores, softmax and mix; a unit is a block of query rows of an image.
 class AttentionJob : public Job {
  public:
-  AttentionJob(const GemmKernel& kernel, const AttentionArgs& args, int64_t images, int64_t rows, int64_t query_offset,
-               int64_t key_offset, int64_t value_offset, int64_t y_offset);
+  AttentionJob(const AttentionArgs& args, int64_t images, int64_t rows, const Matrix& query, int64_t key_offset,
+               const Planes& value, const Matrix& y);
   void run(const Context& context, int64_t begin, int64_t end, float* scratch) const override;
   int64_t scratch_floats() const override { return attention_scratch(kernel_, args_.positions); }
 
  private:
   const GemmKernel& kernel_;
+  const GemmKernel& mixing_;
   AttentionArgs args_;
-  int64_t images_;
   int64_t rows_;
   int64_t blocks_;
-  int64_t query_offset_, key_offset_, value_offset_, y_offset_;
+  Matrix query_;
+  int64_t key_offset_;
+  Planes value_;
+  Matrix y_;
 };
 
 // Mean over the pixels of each plane; a unit is a plane.
 class MeanJob : public Job {
  public:
-  MeanJob(const Planes& x, const Matrix& y);
+  MeanJob(const Planes& x, const Planes& y);
   void run(const Context& context, int64_t begin, int64_t end, float* scratch) const override;
+  int64_t scratch_floats() const override { return x_.plane(); }
 
  private:
   Planes x_;
-  Matrix y_;
+  Planes y_;
 };
 
 // A product of few rows; a unit is a group of panels, so that a worker keeps several streams of weights in flight.
 class LinearJob : public Job {
  public:
-  LinearJob(const GemmKernel& kernel, const Matrix& x, const Matrix& y, const float* weight, int64_t depth,
-            const float* bias, Activation act);
+  LinearJob(const Planes& x, const Planes& y, const void* weight, const float* bias, Activation act);
   void run(const Context& context, int64_t begin, int64_t end, float* scratch) const override;
 
  private:
   const GemmKernel& kernel_;
-  Matrix x_;
-  Matrix y_;
-  const float* weight_;
-  int64_t depth_;
+  Planes x_;
+  Planes y_;
+  const void* weight_;
   const float* bias_;
   Activation act_;
 };
@@ -241,6 +247,7 @@ class OutputJob : public Job {
  public:
   OutputJob(const Planes& x, int64_t index);
   void run(const Context& context, int64_t begin, int64_t end, float* scratch) const override;
+  int64_t scratch_floats() const override { return x_.plane(); }
 
  private:
   Planes x_;

@@ -16,7 +16,7 @@ class Memory {
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
 
-  float* floats() const { return reinterpret_cast<float*>(data_); }
+  char* data() const { return data_; }
   size_t bytes() const { return bytes_; }
 
   // Bytes held by all engines of the process.

@@ -18,18 +18,16 @@ struct Group {
   int64_t rider = -1;  // depthwise or pool
 };
 
-Planes planes_like(const Shape& s) { return {0, s.images, s.channels, s.height, s.width}; }
-
 }  // namespace
 
 class Planner {
  public:
-  Planner(Plan& plan, const Program& program, const std::vector<PackedNode>& packed, const Shape& input, int64_t tag)
+  Planner(Plan& plan, const Program& program, const std::vector<PackedNode>& packed, const Shape& input, int64_t tag,
+          Storage compute)
       : plan_(plan),
         program_(program),
         packed_(packed),
-        gemm_(gemm_kernel()),
-        dwconv_(dwconv_kernel()),
+        compute_(compute),
         shapes_(program.nodes.size()),
         offsets_(program.nodes.size(), 0),
         pads_(program.nodes.size()),
@@ -40,7 +38,7 @@ class Planner {
     place_nodes();
     for (size_t g = 0; g < groups_.size(); ++g) emit(groups_[g], static_cast<int64_t>(g));
     share_steps();
-    plan_.arena_floats_ = arena_.total();
+    plan_.arena_bytes_ = arena_.total();
   }
 
  private:
@@ -50,13 +48,24 @@ class Planner {
 
   const Node& node(int64_t id) const { return program_.nodes[static_cast<size_t>(id)]; }
   const Shape& shape(int64_t id) const { return shapes_[static_cast<size_t>(id)]; }
-  const float* array(int64_t id, size_t i) const { return packed_[static_cast<size_t>(id)].arrays[i]; }
+  const void* weight(int64_t id, size_t i) const { return packed_[static_cast<size_t>(id)].arrays[i]; }
+  const float* array(int64_t id, size_t i) const { return static_cast<const float*>(weight(id, i)); }
   bool from_input(int64_t id) const { return node(id).what() == Kind::kInput && !input_needs_planes(); }
 
   Planes planes(int64_t id) const {
-    Planes p = planes_like(shape(id));
-    p.offset = offsets_[static_cast<size_t>(id)];
+    const Shape& s = shape(id);
+    Planes p{offsets_[static_cast<size_t>(id)], compute_, s.images, s.channels, s.height, s.width};
+    if (is_result(id)) p.type = Storage::kFloat32;
     return p;
+  }
+
+  // Logits and features are handed out as they were summed.
+  bool is_result(int64_t id) const {
+    if (node(id).what() != Kind::kLinear) return false;
+    for (size_t i = static_cast<size_t>(id) + 1; i < needed_.size(); ++i) {
+      if (program_.nodes[i].input == id && program_.nodes[i].what() != Kind::kOutput) return false;
+    }
+    return true;
   }
 
   static int64_t axis(int64_t size, int64_t kernel, int64_t stride, int64_t before, int64_t after, int64_t dilation) {
@@ -151,21 +160,28 @@ class Planner {
         const Kind next = node(i + 1).what();
         const bool rides = next == Kind::kDepthwise || next == Kind::kPool;
         const Shape& s = shape(i);
-        if (rides && balanced(s.images * div_up(s.channels, kPanel))) group.rider = ++i;
+        // a mean rides only on a result that nobody else reads
+        const bool kept = next == Kind::kPool && !is_transient({i, i + 1});
+        if (rides && !kept && balanced(s.images * div_up(s.channels, kPanel))) group.rider = ++i;
       }
       groups_.push_back(group);
     }
   }
 
-  // A pointwise result that only its rider reads never leaves the worker's cache.
-  bool is_transient(const Group& group) const {
-    if (group.rider < 0) return false;
-    for (int64_t i = group.rider; i < static_cast<int64_t>(program_.nodes.size()); ++i) {
-      if (!needed(i)) continue;
-      if (i > group.rider && node(i).input == group.head) return false;
-      if (node(i).residual == group.head) return false;
+  int64_t reads_of(int64_t id) const {
+    int64_t reads = 0;
+    for (size_t i = 0; i < needed_.size(); ++i) {
+      const Node& n = program_.nodes[i];
+      if (needed_[i] && i > 0) reads += (n.input == id) + (n.residual == id);
     }
-    return true;
+    return reads;
+  }
+
+  // A pointwise result that only its rider reads never leaves the worker's cache.
+  // Kernels add residuals of their output's type: beside one in bfloat16 the sum can't stay in float32.
+  bool is_transient(const Group& group) const {
+    const bool same_type = compute_ == Storage::kFloat32 || node(group.head).residual < 0;
+    return group.rider >= 0 && reads_of(group.head) == 1 && same_type;
   }
 
   void place_nodes() {
@@ -187,7 +203,7 @@ class Planner {
         const bool skip = id < 0 || node(id).what() == Kind::kOutput || (id == group.head && is_transient(group));
         if (skip) continue;
         const auto i = static_cast<size_t>(id);
-        offsets_[i] = arena_.place(planes_like(shapes_[i]).floats(), born[i], last[i]);
+        offsets_[i] = arena_.place(planes(id).bytes(), born[i], last[i]);
       }
     }
   }
@@ -199,7 +215,8 @@ class Planner {
     plan_.steps_.back().part = part;
   }
 
-  Depthwise depthwise(int64_t id, const Planes& x, const Planes& y, const float* weight, const float* bias) const {
+  Depthwise depthwise(int64_t id, const Planes& x, const Planes& y, const float* weight,
+                      const float* bias) const {
     const Node& n = node(id);
     Depthwise dw;
     dw.args.height = x.height;
@@ -222,16 +239,14 @@ class Planner {
     return dw;
   }
 
-  std::unique_ptr<Job> product(const Matrix& x, const Matrix& y, const float* weight, const float* bias,
-                               Activation act) const {
+  std::unique_ptr<Job> product(const Matrix& x, const Matrix& y, const void* weight, const float* bias) const {
     PanelJob::Spec spec;
     spec.x = x;
     spec.y = y;
     spec.depth = round_up(x.columns, kPanel);
     spec.weight = weight;
     spec.bias = bias;
-    spec.act = act;
-    return std::make_unique<PanelJob>(gemm_, std::move(spec));
+    return std::make_unique<PanelJob>(std::move(spec));
   }
 
   void emit(const Group& group, int64_t now) {
@@ -248,7 +263,7 @@ class Planner {
         step(group.head, "depthwise");
         const Planes x = planes(n.input);
         Depthwise dw = depthwise(group.head, x, planes(group.head), array(group.head, 0), array(group.head, 1));
-        add(std::make_unique<DepthwiseJob>(dwconv_, x, std::move(dw)));
+        add(std::make_unique<DepthwiseJob>(x, std::move(dw)));
         break;
       }
       case Kind::kPointwise:
@@ -259,12 +274,11 @@ class Planner {
         break;
       case Kind::kPool:
         step(group.head, "pool");
-        add(std::make_unique<MeanJob>(planes(n.input), Matrix::of(planes(group.head))));
+        add(std::make_unique<MeanJob>(planes(n.input), planes(group.head)));
         break;
       case Kind::kLinear:
         step(group.head, "linear");
-        add(std::make_unique<LinearJob>(gemm_, Matrix::of(planes(n.input)), Matrix::of(planes(group.head)),
-                                        array(group.head, 0), round_up(shape(n.input).channels, kPanel),
+        add(std::make_unique<LinearJob>(planes(n.input), planes(group.head), weight(group.head, 0),
                                         array(group.head, 1), n.activation()));
         break;
       case Kind::kOutput:
@@ -282,7 +296,7 @@ class Planner {
     a.channels = in.channels;
     a.height = in.height;
     a.width = in.width;
-    a.weight = array(id, 0);
+    a.weight = weight(id, 0);
     a.bias = array(id, 1);
     a.out_channels = y.channels;
     a.out_height = y.height;
@@ -298,7 +312,7 @@ class Planner {
     a.act = n.activation();
     step(id, "conv");
     const bool external = from_input(n.input);
-    add(std::make_unique<ConvJob>(gemm_, a, y, external, external ? Planes{} : planes(n.input)));
+    add(std::make_unique<ConvJob>(a, y, external, external ? Planes{} : planes(n.input)));
   }
 
   void emit_pointwise(const Group& group) {
@@ -308,7 +322,7 @@ class Planner {
     spec.y = Matrix::of(planes(group.head));
     spec.keep_y = !is_transient(group);
     spec.depth = round_up(spec.x.columns, kPanel);
-    spec.weight = array(group.head, 0);
+    spec.weight = weight(group.head, 0);
     spec.bias = array(group.head, 1);
     spec.act = n.activation();
     if (n.residual >= 0) {
@@ -320,11 +334,11 @@ class Planner {
                                                       array(group.rider, 0), array(group.rider, 1)));
     } else if (group.rider >= 0) {
       spec.mean = true;
-      spec.mean_y = Matrix::of(planes(group.rider));
+      spec.mean_y = planes(group.rider);
     }
     const char* rider = group.rider < 0 ? "pointwise" : spec.mean ? "pointwise+pool" : "pointwise+depthwise";
     step(group.head, rider);
-    add(std::make_unique<PanelJob>(gemm_, std::move(spec)));
+    add(std::make_unique<PanelJob>(std::move(spec)));
   }
 
   void emit_attention(int64_t id, int64_t now) {
@@ -333,14 +347,15 @@ class Planner {
     const Matrix rows = Matrix::of(x);
     const int64_t images = x.images;
     const bool downsampled = n.kernel_h > 0;
-    const auto place = [&](int64_t floats) { return arena_.place(floats, now, now); };
+    const auto place = [&](int64_t bytes) { return arena_.place(bytes, now, now); };
     enum : size_t { kScale, kShift, kQuery, kQueryBias, kKeyDown, kKeyShift, kKey, kKeyBias, kValueDown, kValueShift,
                     kValue, kValueBias, kOut, kOutBias };
 
-    Matrix query = Matrix::row_major(images, x.pixels(), n.heads * n.key_dim);
-    query.offset = place(query.floats());
+    // scores, softmax and mix are float32: they are few and their rounding is amplified
+    Matrix query = Matrix::row_major(Storage::kFloat32, images, x.pixels(), n.heads * n.key_dim);
+    query.offset = place(query.bytes());
     step(id, downsampled ? "query, downsample" : "query, key, value");
-    add(product(rows, query, array(id, kQuery), array(id, kQueryBias), Activation::kNone));
+    add(product(rows, query, weight(id, kQuery), array(id, kQueryBias)));
 
     Matrix key_source = rows;
     Matrix value_source = rows;
@@ -357,10 +372,10 @@ class Planner {
             static_cast<int>(same_pads(x.width, n.kernel_w, n.stride_w, n.dilation_w) / 2)};
       }
       Planes key_down = down, value_down = down;
-      key_down.offset = place(down.floats());
-      value_down.offset = place(down.floats());
+      key_down.offset = place(down.bytes());
+      value_down.offset = place(down.bytes());
       add(std::make_unique<DownsampleJob>(
-          dwconv_, x, array(id, kScale), array(id, kShift),
+          x, array(id, kScale), array(id, kShift),
           depthwise(id, x, key_down, array(id, kKeyDown), array(id, kKeyShift)),
           depthwise(id, x, value_down, array(id, kValueDown), array(id, kValueShift))));
       key_source = Matrix::of(key_down);
@@ -368,20 +383,20 @@ class Planner {
       step(id, "key, value");
     }
     const int64_t positions = key_source.rows;
-    Matrix key = Matrix::row_major(images, positions, n.key_dim);
-    key.offset = place(key.floats());
+    Matrix key = Matrix::row_major(Storage::kFloat32, images, positions, n.key_dim);
+    key.offset = place(key.bytes());
     // value planes are what attention's second product reads as packed panels
-    Planes value{0, images, n.value_dim, positions, 1};
-    value.offset = place(value.floats());
-    add(product(key_source, key, array(id, kKey), array(id, kKeyBias), Activation::kNone));
-    add(product(value_source, Matrix::of(value), array(id, kValue), array(id, kValueBias), Activation::kNone));
+    Planes value{0, Storage::kFloat32, images, n.value_dim, positions, 1};
+    value.offset = place(value.bytes());
+    add(product(key_source, key, weight(id, kKey), array(id, kKeyBias)));
+    add(product(value_source, Matrix::of(value), weight(id, kValue), array(id, kValueBias)));
 
-    const int64_t key_panels = place(images * round_up(positions, kPanel) * n.key_dim);
+    const int64_t key_panels = place(images * round_up(positions, kPanel) * n.key_dim * static_cast<int64_t>(sizeof(float)));
     step(id, "key panels");
     add(std::make_unique<KeyPanelsJob>(key, n.key_dim, key_panels));
 
-    Matrix mixed = Matrix::row_major(images, x.pixels(), n.heads * n.value_dim);
-    mixed.offset = place(mixed.floats());
+    Matrix mixed = Matrix::row_major(compute_, images, x.pixels(), n.heads * n.value_dim);
+    mixed.offset = place(mixed.bytes());
     AttentionArgs args{};
     args.positions = positions;
     args.key_dim = n.key_dim;
@@ -389,21 +404,20 @@ class Planner {
     args.scale = 1.0f / std::sqrt(static_cast<float>(n.key_dim));
     args.zeros = zeros();
     step(id, "attention");
-    add(std::make_unique<AttentionJob>(gemm_, args, images, x.pixels() * n.heads, query.offset, key_panels,
-                                       value.offset, mixed.offset));
+    add(std::make_unique<AttentionJob>(args, images, x.pixels() * n.heads, query, key_panels, value, mixed));
 
     PanelJob::Spec out;
     out.x = mixed;
     out.y = Matrix::of(planes(id));
     out.depth = round_up(mixed.columns, kPanel);
-    out.weight = array(id, kOut);
+    out.weight = weight(id, kOut);
     out.bias = array(id, kOutBias);
     if (n.residual >= 0) {
       out.has_residual = true;
       out.residual = Matrix::of(planes(n.residual));
     }
     step(id, "output projection");
-    add(std::make_unique<PanelJob>(gemm_, std::move(out)));
+    add(std::make_unique<PanelJob>(std::move(out)));
   }
 
   const float* zeros() {
@@ -445,8 +459,7 @@ class Planner {
   Plan& plan_;
   const Program& program_;
   const std::vector<PackedNode>& packed_;
-  const GemmKernel& gemm_;
-  const DwconvKernel& dwconv_;
+  const Storage compute_;
   std::vector<Shape> shapes_;
   std::vector<int64_t> offsets_;
   std::vector<Pads> pads_;
@@ -457,9 +470,9 @@ class Planner {
 };
 
 Plan::Plan(const Program& program, const std::vector<PackedNode>& packed, const Shape& input, int64_t workers,
-           int64_t tag)
+           int64_t tag, Storage compute)
     : workers_(workers) {
-  Planner(*this, program, packed, input, tag);
+  Planner(*this, program, packed, input, tag, compute);
 }
 
 void Plan::run(const Context& context, Barrier& barrier, int64_t begin, int64_t end, float* scratch) const {
@@ -491,8 +504,8 @@ Memory Plan::borrow() {
       return memory;
     }
   }
-  const int64_t floats = arena_floats_ + workers_ * scratch_floats_;
-  return Memory(static_cast<size_t>(floats) * sizeof(float));
+  const int64_t scratch_bytes = workers_ * scratch_floats_ * static_cast<int64_t>(sizeof(float));
+  return Memory(static_cast<size_t>(arena_bytes_ + scratch_bytes));
 }
 
 void Plan::give_back(Memory memory) {

@@ -21,7 +21,7 @@ struct Shape {
 
 // A node's arrays in the order in which the kernels read them.
 struct PackedNode {
-  std::vector<const float*> arrays;
+  std::vector<const void*> arrays;
 };
 
 struct Step {
@@ -35,7 +35,7 @@ struct Step {
 class Plan {
  public:
   Plan(const Program& program, const std::vector<PackedNode>& packed, const Shape& input, int64_t workers,
-       int64_t tag);
+       int64_t tag, Storage compute);
 
   // Runs workers [begin, end) of the plan; all workers must be running at the same time.
   void run(const Context& context, Barrier& barrier, int64_t begin, int64_t end, float* scratch) const;
@@ -46,8 +46,12 @@ class Plan {
 
   const std::vector<Shape>& outputs() const { return outputs_; }
   int64_t workers() const { return workers_; }
-  int64_t arena_floats() const { return arena_floats_; }
+  int64_t arena_bytes() const { return arena_bytes_; }
   int64_t scratch_floats() const { return scratch_floats_; }
+  // Worker w's scratch in a borrowed arena.
+  float* scratch(const Memory& memory, int64_t w) const {
+    return reinterpret_cast<float*>(memory.data() + arena_bytes_) + w * scratch_floats_;
+  }
   const std::vector<Step>& steps() const { return steps_; }
 
  private:
@@ -56,7 +60,7 @@ class Plan {
   std::vector<Shape> outputs_;
   std::vector<float> zeros_;
   int64_t workers_;
-  int64_t arena_floats_ = 0;
+  int64_t arena_bytes_ = 0;
   int64_t scratch_floats_ = 0;
   std::mutex mutex_;
   std::vector<Memory> free_;

@@ -255,7 +255,7 @@ Tensor mqa(Tensor query, Tensor key, Tensor value, int64_t heads, double scale) 
       args.key_dim = key_dim;
       args.value_dim = value_dim;
       args.scale = static_cast<float>(scale);
-      attention(kernel, args, rows * c / chunks, rows * (c + 1) / chunks, floats(buffer));
+      attention(kernel, kernel, args, rows * c / chunks, rows * (c + 1) / chunks, floats(buffer));
     }
   });
   return out.finish();

@@ -42,7 +42,7 @@ Registry& registry() {
   return *instance;
 }
 
-int64_t engine_create(Tensor program, std::vector<Tensor> arrays) {
+int64_t engine_create(Tensor program, std::vector<Tensor> arrays, bool bfloat16) {
   STD_TORCH_CHECK(program.dim() == 2 && program.size(1) == engine::kFields && program.is_contiguous() &&
                       program.scalar_type() == torch::headeronly::ScalarType::Long,
                   "`program` must be a contiguous int64 tensor of ", engine::kFields, " columns, got ",
@@ -58,7 +58,9 @@ int64_t engine_create(Tensor program, std::vector<Tensor> arrays) {
   built.nodes = engine::decode(static_cast<const int64_t*>(program.const_data_ptr()), program.size(0),
                                static_cast<int64_t>(arrays.size()), &error);
   STD_TORCH_CHECK(error.empty(), error);
-  return registry().add(std::make_shared<engine::Engine>(built));
+  // without the instruction the caller's rounded weights are multiplied in float32
+  const Storage compute = bfloat16 && gemm_has_bfloat16() ? Storage::kBfloat16 : Storage::kFloat32;
+  return registry().add(std::make_shared<engine::Engine>(built, compute));
 }
 
 // The caller's tensor as the engine reads it; a view, but for low precision and many interleaved channels.

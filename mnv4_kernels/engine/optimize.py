@@ -136,7 +136,7 @@ class _Assembly:
         if not final and len(self.builder.rows) > 1:
             self.builder.output(self.node, RESULT)
         if len(self.builder.rows) > 1:
-            self.parts.append(ProgramPart(*self.builder.finish()))
+            self.parts.append(ProgramPart(*self.builder.finish(), self.dtype == torch.bfloat16))
         self.builder = None
 
 

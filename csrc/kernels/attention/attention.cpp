@@ -19,7 +19,8 @@ int64_t attention_scratch(const GemmKernel& kernel, int64_t positions) {
   return block_rows(kernel) * score_row(positions);
 }
 
-void attention(const GemmKernel& kernel, const AttentionArgs& a, int64_t row_begin, int64_t row_end, float* scratch) {
+void attention(const GemmKernel& kernel, const GemmKernel& mixing, const AttentionArgs& a, int64_t row_begin,
+               int64_t row_end, float* scratch) {
   const ptrdiff_t whole_row = 0;
   GemmArgs scores{};
   scores.a_row = a.key_dim;
@@ -49,8 +50,8 @@ void attention(const GemmKernel& kernel, const AttentionArgs& a, int64_t row_beg
     scores.a = a.query + first * a.key_dim;
     gemm(kernel, scores, 0, rows, 0, div_up(a.positions, kPanel));
     pointwise_kernels().softmax_rows(scratch, rows, a.positions, scores.c_row, a.scale);
-    mix.c = a.y + first * a.value_dim;
-    gemm(kernel, mix, 0, rows, 0, div_up(a.value_dim, kPanel));
+    mix.c = advance(a.y, mixing.output, first * a.value_dim);
+    gemm(mixing, mix, 0, rows, 0, div_up(a.value_dim, kPanel));
   }
 }
 

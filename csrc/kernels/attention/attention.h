@@ -16,7 +16,7 @@ struct AttentionArgs {
   const float* key;    // packed [ceil(P / 16)][key_dim][16]
   const float* value;  // packed [ceil(value_dim / 16)][P][16]
   const float* zeros;  // [max(ceil(P / 16), ceil(value_dim / 16)) * 16] of bias
-  float* y;            // [rows][value_dim]
+  void* y;             // [rows][value_dim], of the mixing kernel's output type
   int64_t positions;   // P, keys of an image
   int64_t key_dim;
   int64_t value_dim;
@@ -26,8 +26,8 @@ struct AttentionArgs {
 // Floats of scratch that one worker needs: the scores of one block of rows.
 int64_t attention_scratch(const GemmKernel& kernel, int64_t positions);
 
-// Query rows [row_begin, row_end).
-void attention(const GemmKernel& kernel, const AttentionArgs& args, int64_t row_begin, int64_t row_end,
-               float* scratch);
+// Query rows [row_begin, row_end). `kernel` has float32 in and out, `mixing` float32 in.
+void attention(const GemmKernel& kernel, const GemmKernel& mixing, const AttentionArgs& args, int64_t row_begin,
+               int64_t row_end, float* scratch);
 
 }  // namespace mnv4

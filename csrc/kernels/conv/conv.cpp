@@ -1,7 +1,6 @@
 #include "kernels/conv/conv.h"
 
 #include <algorithm>
-#include <cstring>
 
 namespace mnv4 {
 namespace {
@@ -39,37 +38,38 @@ struct Ring {
   }
 };
 
-void fill_row(const ConvArgs& a, const Ring& ring, int64_t iy, float* row) {
+template <class T>
+void fill_row(const ConvArgs& a, const Ring& ring, int64_t iy, T* row) {
   if (iy < 0 || iy >= a.height) {
-    std::fill_n(row, ring.planes * ring.plane, 0.0f);
+    std::fill_n(row, ring.planes * ring.plane, T{0});
     return;
   }
-  const float* x = a.x + iy * a.x_row;
+  const T* x = static_cast<const T*>(a.x) + iy * a.x_row;
   const int64_t left = a.pad_left * ring.plane_channels;
   const int64_t right = (ring.width - a.pad_left - a.width) * ring.plane_channels;
   for (int64_t p = 0; p < ring.planes; ++p) {
-    float* start = row + p * ring.plane;
-    std::fill_n(start, left, 0.0f);
-    std::fill_n(start + ring.plane - right, right, 0.0f);
-    float* out = start + left;
+    T* start = row + p * ring.plane;
+    std::fill_n(start, left, T{0});
+    std::fill_n(start + ring.plane - right, right, T{0});
+    T* out = start + left;
     if (ring.planar) {
-      const float* in = x + p * a.x_channel;
+      const T* in = x + p * a.x_channel;
       if (a.x_pixel == 1) {
-        std::memcpy(out, in, static_cast<size_t>(a.width) * sizeof *out);
+        std::copy_n(in, a.width, out);
       } else {
         for (int64_t i = 0; i < a.width; ++i) out[i] = in[i * a.x_pixel];
       }
       continue;
     }
-    const float* in = x + p * a.x_block;
+    const T* in = x + p * a.x_block;
     const int64_t channels = std::min<int64_t>(kPanel, a.channels - p * kPanel);
     if (a.x_pixel == kPanel) {
       // planes are padded to whole blocks already
-      std::memcpy(out, in, static_cast<size_t>(a.width * kPanel) * sizeof *out);
+      std::copy_n(in, a.width * kPanel, out);
     } else {
       for (int64_t i = 0; i < a.width; ++i) {
         std::copy_n(in + i * a.x_pixel, channels, out + i * kPanel);
-        std::fill_n(out + i * kPanel + channels, kPanel - channels, 0.0f);
+        std::fill_n(out + i * kPanel + channels, kPanel - channels, T{0});
       }
     }
   }
@@ -128,10 +128,14 @@ void conv(const GemmKernel& kernel, const ConvArgs& a, int64_t row_begin, int64_
     const int64_t first = oy * a.stride_h - a.pad_top;
     filled = std::max(filled, first);
     for (; filled < first + ring.slots; ++filled) {
-      fill_row(a, ring, filled, scratch + ring.slot_of(filled));
+      if (kernel.input == Storage::kFloat32) {
+        fill_row(a, ring, filled, scratch + ring.slot_of(filled));
+      } else {
+        fill_row(a, ring, filled, reinterpret_cast<uint16_t*>(scratch) + ring.slot_of(filled));
+      }
     }
     fill_segments(a, ring, first, segment);
-    product.c = a.y + oy * a.y_row;
+    product.c = advance(a.y, kernel.output, oy * a.y_row);
     gemm(kernel, product, 0, a.out_width, 0, panels);
   }
 }

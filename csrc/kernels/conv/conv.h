@@ -12,8 +12,9 @@
 namespace mnv4 {
 
 // Strides are in elements. NHWC and planes of 16 channels differ only in x_block and x_pixel, y_panel and y_pixel.
+// x and the weights are of the kernel's input type, y of its output type.
 struct ConvArgs {
-  const float* x;
+  const void* x;
   ptrdiff_t x_channel;  // planar input
   ptrdiff_t x_block;    // else: from 16 channels to the next 16
   ptrdiff_t x_row;
@@ -21,9 +22,9 @@ struct ConvArgs {
   int64_t channels;
   int64_t height;
   int64_t width;
-  const float* weight;  // packed [ceil(K / 16)][conv_depth][16] by pack_conv
+  const void* weight;   // packed [ceil(K / 16)][conv_depth][16] by pack_conv
   const float* bias;    // [ceil(K / 16) * 16]
-  float* y;
+  void* y;
   ptrdiff_t y_row;
   ptrdiff_t y_pixel;
   ptrdiff_t y_panel;
@@ -50,7 +51,7 @@ inline constexpr int64_t conv_depth(int64_t channels, int64_t taps) {
   return (conv_is_planar(channels) ? channels : round_up(channels, kPanel)) * taps;
 }
 
-// Floats of scratch that one worker needs.
+// Floats of scratch that one worker needs, whatever the kernel's input type.
 int64_t conv_scratch(const ConvArgs& args);
 
 // Output rows [row_begin, row_end), all output channels.

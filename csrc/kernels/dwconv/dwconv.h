@@ -5,17 +5,18 @@
 #include <cstdint>
 
 #include "kernels/activation.h"
+#include "kernels/storage.h"
 
 namespace mnv4 {
 
-// Geometry of a depthwise convolution over an image; strides are in elements.
+// Geometry of a depthwise convolution over an image; strides are in elements, x and y of the kernel's types.
 struct DwconvArgs {
-  const float* x;  // [H][W][C]
+  const void* x;  // [H][W][C]
   ptrdiff_t x_row;
   ptrdiff_t x_pixel;
   int64_t height;
   int64_t width;
-  float* y;  // [Ho][Wo][C]
+  void* y;  // [Ho][Wo][C]
   ptrdiff_t y_row;
   ptrdiff_t y_pixel;
   int64_t out_height;
@@ -36,11 +37,13 @@ struct DwconvArgs {
 
 struct DwconvKernel {
   const char* name;
+  Storage input;
+  Storage output;
   // Output rows [row_begin, row_end) of channels [channel_begin, channel_end); channel_begin is a multiple of 16.
   void (*run)(const DwconvArgs& args, int64_t row_begin, int64_t row_end, int64_t channel_begin, int64_t channel_end);
 };
 
-// The first kernel of the list that the active tier can run.
-const DwconvKernel& dwconv_kernel();
+// The first kernel of the list that the active tier can run; every tier has float32 in and out.
+const DwconvKernel& dwconv_kernel(Storage input = Storage::kFloat32, Storage output = Storage::kFloat32);
 
 }  // namespace mnv4

@@ -4,6 +4,6 @@
 
 namespace mnv4 {
 
-extern const DwconvKernel dwconv_f32_avx2 = {"dwconv_f32_avx2", dwconv_run};
+extern const DwconvKernel dwconv_f32_avx2 = make_dwconv_kernel<float, float>("dwconv_f32_avx2");
 
 }  // namespace mnv4

@@ -4,6 +4,6 @@
 
 namespace mnv4 {
 
-extern const DwconvKernel dwconv_f32_scalar = {"dwconv_f32_scalar", dwconv_run};
+extern const DwconvKernel dwconv_f32_scalar = make_dwconv_kernel<float, float>("dwconv_f32_scalar");
 
 }  // namespace mnv4

@@ -4,6 +4,7 @@
 #include "kernels/dwconv/dwconv.h"
 #include "kernels/gemm/gemm.h"
 #include "simd/activation.h"
+#include "simd/stored.h"
 
 namespace mnv4 {
 namespace {
@@ -11,8 +12,9 @@ namespace {
 using simd::Vec;
 
 // One row of `TW` output pixels of one vector of channels. Coordinates of the input are relative to `x`.
+template <class In, class Out>
 struct DwconvRow {
-  const float* x;        // tap (0, 0) of output 0; may point outside the image where taps are clipped
+  const In* x;           // tap (0, 0) of output 0; may point outside the image where taps are clipped
   ptrdiff_t x_row;       // times dilation_h
   ptrdiff_t x_pixel;
   int tap_begin;         // rows of taps inside the image
@@ -21,7 +23,7 @@ struct DwconvRow {
   int column_end;
   const float* weight;   // [kh * kw][16]
   Vec bias;
-  float* y;
+  Out* y;
   ptrdiff_t y_pixel;
   Activation act;
   int valid;             // channels of this vector
@@ -39,8 +41,8 @@ enum class Edge {
 // Each input column is loaded once per row of taps and feeds every output that it touches. Columns outside the image
 // are skipped, not multiplied by zero: an infinity beyond the border must not become NaN.
 // PIXEL is the input's pixel stride where it is known (a plane of 16 channels), so that columns are displacements.
-template <int K, int S, int TW, Edge EDGE, bool PARTIAL, int PIXEL = 0>
-MNV4_INLINE void dwconv_tile(const DwconvRow& t) {
+template <int K, int S, int TW, Edge EDGE, bool PARTIAL, int PIXEL = 0, class In, class Out>
+MNV4_INLINE void dwconv_tile(const DwconvRow<In, Out>& t) {
   constexpr int kLeft = EDGE == Edge::kLeft || EDGE == Edge::kBoth ? K / 2 : 0;
   constexpr int kRight = EDGE == Edge::kRight || EDGE == Edge::kBoth ? K / 2 + TW * S : (TW - 1) * S + K;
   const ptrdiff_t x_pixel = PIXEL ? PIXEL : t.x_pixel;
@@ -49,7 +51,7 @@ MNV4_INLINE void dwconv_tile(const DwconvRow& t) {
   Vec acc[TW];
 #pragma GCC unroll 16
   for (int o = 0; o < TW; ++o) acc[o] = t.bias;
-  const float* row = t.x + t.tap_begin * x_row;
+  const In* row = t.x + t.tap_begin * x_row;
   const float* weight = t.weight + t.tap_begin * K * kPanel;
 #pragma GCC unroll 1
   for (int ky = t.tap_begin; ky < tap_end; ++ky, row += x_row, weight += K * kPanel) {
@@ -60,8 +62,8 @@ MNV4_INLINE void dwconv_tile(const DwconvRow& t) {
     for (int column = 0; column < (TW - 1) * S + K; ++column) {
       if (column < kLeft || column >= kRight) continue;
       if (EDGE == Edge::kRuntime && (column < t.column_begin || column >= t.column_end)) continue;
-      const float* p = row + column * x_pixel;
-      const Vec x = PARTIAL ? Vec::load(p, t.valid) : Vec::load(p);
+      const In* p = row + column * x_pixel;
+      const Vec x = PARTIAL ? simd::Stored<In>::load(p, t.valid) : simd::Stored<In>::load(p);
 #pragma GCC unroll 16
       for (int o = 0; o < TW; ++o) {
         const int kx = column - o * S;
@@ -75,28 +77,30 @@ MNV4_INLINE void dwconv_tile(const DwconvRow& t) {
   }
 #pragma GCC unroll 16
   for (int o = 0; o < TW; ++o) {
-    float* p = t.y + o * (PIXEL ? PIXEL : t.y_pixel);
+    Out* p = t.y + o * (PIXEL ? PIXEL : t.y_pixel);
     if (PARTIAL) {
-      acc[o].store(p, t.valid);
+      simd::Stored<Out>::store(p, acc[o], t.valid);
     } else {
-      acc[o].store(p);
+      simd::Stored<Out>::store(p, acc[o]);
     }
   }
 }
 
 // Activations other than ReLU run over the finished row, which is still in L1: one copy of their code.
-__attribute__((noinline)) void activate_row(float* y, ptrdiff_t y_pixel, int64_t pixels, int valid, Activation act) {
+template <class Out>
+__attribute__((noinline)) void activate_row(Out* y, ptrdiff_t y_pixel, int64_t pixels, int valid, Activation act) {
+  using Column = simd::Stored<Out>;
   for (int64_t i = 0; i < pixels; ++i) {
-    float* p = y + i * y_pixel;
-    simd::activate(act, Vec::load(p, valid)).store(p, valid);
+    Out* p = y + i * y_pixel;
+    Column::store(p, simd::activate(act, Column::load(p, valid)), valid);
   }
 }
 
 // A whole output row of any width and padding, in tiles of 8, 4, 2 and 1 whose edges are known at run time.
-template <int K, int S, bool PARTIAL>
-void dwconv_row(DwconvRow t, int64_t out_width, int64_t width, int pad_left) {
-  const float* x = t.x;
-  float* y = t.y;
+template <int K, int S, bool PARTIAL, class In, class Out>
+void dwconv_row(DwconvRow<In, Out> t, int64_t out_width, int64_t width, int pad_left) {
+  const In* x = t.x;
+  Out* y = t.y;
   for (int64_t ox = 0; ox < out_width;) {
     const int64_t left = out_width - ox;
     const int64_t ix = ox * S - pad_left;
@@ -123,8 +127,8 @@ void dwconv_row(DwconvRow t, int64_t out_width, int64_t width, int pad_left) {
 }
 
 // A whole output row of a multiple of TW pixels with the usual padding of K / 2: edges known at compile time.
-template <int K, int S, int TW, int PIXEL>
-MNV4_INLINE void dwconv_row_tiled(DwconvRow& t, int64_t out_width) {
+template <int K, int S, int TW, int PIXEL, class In, class Out>
+MNV4_INLINE void dwconv_row_tiled(DwconvRow<In, Out>& t, int64_t out_width) {
   const ptrdiff_t x_pixel = PIXEL ? PIXEL : t.x_pixel;
   const ptrdiff_t y_pixel = PIXEL ? PIXEL : t.y_pixel;
   t.x -= (K / 2) * x_pixel;
@@ -141,7 +145,8 @@ MNV4_INLINE void dwconv_row_tiled(DwconvRow& t, int64_t out_width) {
 }
 
 // Any kernel, stride and dilation, one output pixel at a time: dilated backbones and unusual kernels.
-void dwconv_row_any(const DwconvArgs& a, DwconvRow t) {
+template <class In, class Out>
+void dwconv_row_any(const DwconvArgs& a, const DwconvRow<In, Out>& t) {
   for (int64_t ox = 0; ox < a.out_width; ++ox) {
     const int64_t ix = ox * a.stride_w - a.pad_left;
     Vec acc = t.bias;
@@ -149,97 +154,102 @@ void dwconv_row_any(const DwconvArgs& a, DwconvRow t) {
       for (int kx = 0; kx < a.kernel_w; ++kx) {
         const int64_t column = ix + kx * a.dilation_w;
         if (column < 0 || column >= a.width) continue;
-        const Vec x = Vec::load(t.x + ky * t.x_row + column * t.x_pixel, t.valid);
+        const Vec x = simd::Stored<In>::load(t.x + ky * t.x_row + column * t.x_pixel, t.valid);
         acc = fma(x, Vec::load(t.weight + (ky * a.kernel_w + kx) * kPanel), acc);
       }
     }
     if (t.act == Activation::kRelu) acc = max(Vec::zero(), acc);
-    acc.store(t.y + ox * t.y_pixel, t.valid);
+    simd::Stored<Out>::store(t.y + ox * t.y_pixel, acc, t.valid);
   }
 }
 
 // The rows of taps of output row `oy` that are inside the image, and where the first of them begins.
-MNV4_INLINE void place_row(const DwconvArgs& a, int64_t oy, int64_t channel, DwconvRow& t) {
+template <class In, class Out>
+MNV4_INLINE void place_row(const DwconvArgs& a, int64_t oy, int64_t channel, DwconvRow<In, Out>& t) {
   const int64_t iy = oy * a.stride_h - a.pad_top;
   const int64_t above = iy < 0 ? div_up(-iy, a.dilation_h) : 0;
   const int64_t inside = iy < a.height ? div_up(a.height - iy, a.dilation_h) : 0;
   t.tap_begin = static_cast<int>(above);
   t.tap_end = static_cast<int>(inside < a.kernel_h ? inside : a.kernel_h);
-  t.x = a.x + iy * a.x_row + channel;
-  t.y = a.y + oy * a.y_row + channel;
+  t.x = static_cast<const In*>(a.x) + iy * a.x_row + channel;
+  t.y = static_cast<Out*>(a.y) + oy * a.y_row + channel;
 }
 
 // Output rows [row_begin, row_end) of one vector of channels.
-using DwconvRowsFn = void (*)(const DwconvArgs&, DwconvRow&, int64_t, int64_t, int64_t);
+template <class In, class Out>
+using DwconvRowsFn = void (*)(const DwconvArgs&, DwconvRow<In, Out>&, int64_t, int64_t, int64_t);
 
-template <int K, int S, int TW, int PIXEL>
-void dwconv_rows_tiled(const DwconvArgs& a, DwconvRow& t, int64_t channel, int64_t row_begin, int64_t row_end) {
+template <int K, int S, int TW, int PIXEL, class In, class Out>
+void dwconv_rows_tiled(const DwconvArgs& a, DwconvRow<In, Out>& t, int64_t channel, int64_t row_begin, int64_t row_end) {
   for (int64_t oy = row_begin; oy < row_end; ++oy) {
     place_row(a, oy, channel, t);
     dwconv_row_tiled<K, S, TW, PIXEL>(t, a.out_width);
   }
 }
 
-template <int K, int S, bool PARTIAL>
-void dwconv_rows(const DwconvArgs& a, DwconvRow& t, int64_t channel, int64_t row_begin, int64_t row_end) {
+template <int K, int S, bool PARTIAL, class In, class Out>
+void dwconv_rows(const DwconvArgs& a, DwconvRow<In, Out>& t, int64_t channel, int64_t row_begin, int64_t row_end) {
   for (int64_t oy = row_begin; oy < row_end; ++oy) {
     place_row(a, oy, channel, t);
     dwconv_row<K, S, PARTIAL>(t, a.out_width, a.width, a.pad_left);
   }
 }
 
-void dwconv_rows_any(const DwconvArgs& a, DwconvRow& t, int64_t channel, int64_t row_begin, int64_t row_end) {
+template <class In, class Out>
+void dwconv_rows_any(const DwconvArgs& a, DwconvRow<In, Out>& t, int64_t channel, int64_t row_begin, int64_t row_end) {
   for (int64_t oy = row_begin; oy < row_end; ++oy) {
     place_row(a, oy, channel, t);
     dwconv_row_any(a, t);
   }
 }
 
-template <int K, int S>
-DwconvRowsFn select_rows_of(const DwconvArgs& a, bool partial) {
-  if (partial) return dwconv_rows<K, S, true>;
+template <int K, int S, class In, class Out>
+DwconvRowsFn<In, Out> select_rows_of(const DwconvArgs& a, bool partial) {
+  if (partial) return dwconv_rows<K, S, true, In, Out>;
   if constexpr (K <= 5) {
     if (a.pad_left == K / 2 && a.width == a.out_width * S) {
       const bool plane = a.x_pixel == kPanel && a.y_pixel == kPanel;
       // sums of a tile, K weights and one input must fit the registers: 32 with AVX-512, 16 below
       if constexpr (Vec::kWidth == kPanel) {
-        if (plane && a.out_width % 16 == 0) return dwconv_rows_tiled<K, S, 16, kPanel>;
-        if (plane && a.out_width % 14 == 0) return dwconv_rows_tiled<K, S, 14, kPanel>;
-        if (plane && a.out_width % 12 == 0) return dwconv_rows_tiled<K, S, 12, kPanel>;
-        if (plane && a.out_width % 8 == 0) return dwconv_rows_tiled<K, S, 8, kPanel>;
-        if (plane && a.out_width % 7 == 0) return dwconv_rows_tiled<K, S, 7, kPanel>;
+        if (plane && a.out_width % 16 == 0) return dwconv_rows_tiled<K, S, 16, kPanel, In, Out>;
+        if (plane && a.out_width % 14 == 0) return dwconv_rows_tiled<K, S, 14, kPanel, In, Out>;
+        if (plane && a.out_width % 12 == 0) return dwconv_rows_tiled<K, S, 12, kPanel, In, Out>;
+        if (plane && a.out_width % 8 == 0) return dwconv_rows_tiled<K, S, 8, kPanel, In, Out>;
+        if (plane && a.out_width % 7 == 0) return dwconv_rows_tiled<K, S, 7, kPanel, In, Out>;
       }
-      if (a.out_width % 8 == 0) return dwconv_rows_tiled<K, S, 8, 0>;
-      if (a.out_width % 7 == 0) return dwconv_rows_tiled<K, S, 7, 0>;
+      if (a.out_width % 8 == 0) return dwconv_rows_tiled<K, S, 8, 0, In, Out>;
+      if (a.out_width % 7 == 0) return dwconv_rows_tiled<K, S, 7, 0, In, Out>;
     }
   }
-  return dwconv_rows<K, S, false>;
+  return dwconv_rows<K, S, false, In, Out>;
 }
 
-DwconvRowsFn select_rows(const DwconvArgs& a, bool partial) {
+template <class In, class Out>
+DwconvRowsFn<In, Out> select_rows(const DwconvArgs& a, bool partial) {
   const bool square = a.kernel_h == a.kernel_w && a.stride_h == a.stride_w;
-  if (!square || a.dilation_w != 1) return dwconv_rows_any;
+  if (!square || a.dilation_w != 1) return dwconv_rows_any<In, Out>;
   switch (a.kernel_w * 10 + a.stride_w) {
     case 31:
-      return select_rows_of<3, 1>(a, partial);
+      return select_rows_of<3, 1, In, Out>(a, partial);
     case 32:
-      return select_rows_of<3, 2>(a, partial);
+      return select_rows_of<3, 2, In, Out>(a, partial);
     case 51:
-      return select_rows_of<5, 1>(a, partial);
+      return select_rows_of<5, 1, In, Out>(a, partial);
     case 52:
-      return select_rows_of<5, 2>(a, partial);
+      return select_rows_of<5, 2, In, Out>(a, partial);
     case 71:
-      return select_rows_of<7, 1>(a, partial);
+      return select_rows_of<7, 1, In, Out>(a, partial);
     case 72:
-      return select_rows_of<7, 2>(a, partial);
+      return select_rows_of<7, 2, In, Out>(a, partial);
     default:
-      return dwconv_rows_any;
+      return dwconv_rows_any<In, Out>;
   }
 }
 
+template <class In, class Out>
 void dwconv_run(const DwconvArgs& a, int64_t row_begin, int64_t row_end, int64_t channel_begin, int64_t channel_end) {
   const int taps = a.kernel_h * a.kernel_w;
-  DwconvRow t;
+  DwconvRow<In, Out> t;
   t.x_row = a.x_row * a.dilation_h;
   t.x_pixel = a.x_pixel;
   t.y_pixel = a.y_pixel;
@@ -249,12 +259,17 @@ void dwconv_run(const DwconvArgs& a, int64_t row_begin, int64_t row_end, int64_t
     t.valid = static_cast<int>(channels < Vec::kWidth ? channels : Vec::kWidth);
     t.bias = Vec::load(a.bias + c, t.valid);
     t.weight = a.weight + c / kPanel * taps * kPanel + c % kPanel;
-    select_rows(a, t.valid < Vec::kWidth)(a, t, c, row_begin, row_end);
+    select_rows<In, Out>(a, t.valid < Vec::kWidth)(a, t, c, row_begin, row_end);
     if (a.act == Activation::kNone || a.act == Activation::kRelu) continue;
     for (int64_t oy = row_begin; oy < row_end; ++oy) {
-      activate_row(a.y + oy * a.y_row + c, a.y_pixel, a.out_width, t.valid, a.act);
+      activate_row(static_cast<Out*>(a.y) + oy * a.y_row + c, a.y_pixel, a.out_width, t.valid, a.act);
     }
   }
+}
+
+template <class In, class Out>
+constexpr DwconvKernel make_dwconv_kernel(const char* name) {
+  return {name, simd::Stored<In>::kStorage, simd::Stored<Out>::kStorage, dwconv_run<In, Out>};
 }
 
 }  // namespace

@@ -4,43 +4,51 @@
 #include <cstring>
 #include <vector>
 
+#include "kernels/pointwise/pointwise.h"
+
 namespace mnv4 {
 
-#define MNV4_GEMM_KERNEL(tier, name) extern const GemmKernel name;
+#define MNV4_GEMM_KERNEL(tier, in, out, name) extern const GemmKernel name;
 #include "kernels/gemm/gemm.inc"
 #undef MNV4_GEMM_KERNEL
 
-const GemmKernel& gemm_kernel() {
+const GemmKernel& gemm_kernel(Storage input, Storage output) {
   using cpu::Tier;
   const Tier active = cpu::active_tier();
-#define MNV4_GEMM_KERNEL(tier, name) \
-  if (active >= tier) return name;
+#define MNV4_GEMM_KERNEL(tier, in, out, name) \
+  if (active >= tier && input == in && output == out) return name;
 #include "kernels/gemm/gemm.inc"
 #undef MNV4_GEMM_KERNEL
   return gemm_f32_scalar;
+}
+
+bool gemm_has_bfloat16() {
+  return gemm_kernel(Storage::kBfloat16, Storage::kBfloat16).input == Storage::kBfloat16;
 }
 
 namespace {
 
 // Rows of a block whose operand stays in half of L2 while every panel of weights passes by.
 int64_t block_tiles(const GemmKernel& kernel, int64_t k) {
-  const int64_t budget = cpu::cache_sizes().l2 / 2 / static_cast<int64_t>(sizeof(float));
+  const int64_t budget = cpu::cache_sizes().l2 / 2 / storage_bytes(kernel.input);
   return std::max<int64_t>(1, budget / (k * kernel.max_rows));
 }
 
 // A row pitch that is a multiple of 4 KiB puts all rows of a tile in the same L1 set: 60 to 70% of peak. A copy with a
 // pitch one panel longer restores it, and costs a pass over the operand.
-bool aliases(const GemmArgs& args, int64_t rows, int64_t panels) {
-  constexpr ptrdiff_t kSetStride = 4096 / sizeof(float);
-  return args.a_row % kSetStride == 0 && args.segments == 1 && rows > 4 && panels > 2;
+bool aliases(const GemmKernel& kernel, const GemmArgs& args, int64_t rows, int64_t panels) {
+  const ptrdiff_t set_stride = 4096 / storage_bytes(kernel.input);
+  return args.a_row % set_stride == 0 && args.segments == 1 && rows > 4 && panels > 2;
 }
 
-float* copy_rows(const GemmArgs& args, int64_t first, int64_t rows, ptrdiff_t pitch) {
-  static thread_local std::vector<float> buffer;
-  if (buffer.size() < static_cast<size_t>(rows * pitch)) buffer.resize(static_cast<size_t>(rows * pitch));
+const void* copy_rows(const GemmKernel& kernel, const GemmArgs& args, int64_t first, int64_t rows, ptrdiff_t pitch) {
+  static thread_local std::vector<char> buffer;
+  const auto bytes = static_cast<size_t>(rows * pitch * storage_bytes(kernel.input));
+  if (buffer.size() < bytes) buffer.resize(bytes);
   for (int64_t r = 0; r < rows; ++r) {
-    const float* row = args.a + (first + r) * args.a_row + args.segment[0];
-    std::memcpy(buffer.data() + r * pitch, row, static_cast<size_t>(args.segment_length) * sizeof(float));
+    const void* row = advance(args.a, kernel.input, (first + r) * args.a_row + args.segment[0]);
+    std::memcpy(buffer.data() + r * pitch * storage_bytes(kernel.input), row,
+                static_cast<size_t>(args.segment_length * storage_bytes(kernel.input)));
   }
   return buffer.data();
 }
@@ -80,8 +88,8 @@ class ChainSums {
 };
 
 // One tile's whole reduction, in chains: parts of a long segment, or several short ones.
-void run_chains(GemmTileFn fn, GemmTile& tile, const GemmArgs& args, const float* a, const ptrdiff_t* segment,
-                const float* b) {
+void run_chains(GemmTileFn fn, Storage input, GemmTile& tile, const GemmArgs& args, const void* a,
+                const ptrdiff_t* segment, const void* b) {
   const int64_t length = args.segment_length;
   const int64_t chain = args.chain;
   const bool long_segments = length >= chain;
@@ -94,19 +102,19 @@ void run_chains(GemmTileFn fn, GemmTile& tile, const GemmArgs& args, const float
     if (i > 0) sums.next(tile.last);
     const int64_t s = i / pieces * run;
     const int64_t offset = i % pieces * chain;
-    tile.a = a + offset;
+    tile.a = advance(a, input, offset);
     tile.segment = segment + s;
     tile.segments = std::min(run, args.segments - s);
     tile.segment_length = std::min(length - offset, long_segments ? chain : length);
     tile.b = b;
     fn(tile);
-    b += tile.segments * tile.segment_length * kPanel;
+    b = advance(b, input, tile.segments * tile.segment_length * kPanel);
   }
 }
 
-void run_tile(GemmTileFn fn, GemmTile& tile, const GemmArgs& args, const float* a, const ptrdiff_t* segment,
-              const float* b) {
-  if (args.segments * args.segment_length > args.chain) return run_chains(fn, tile, args, a, segment, b);
+void run_tile(GemmTileFn fn, Storage input, GemmTile& tile, const GemmArgs& args, const void* a,
+              const ptrdiff_t* segment, const void* b) {
+  if (args.segments * args.segment_length > args.chain) return run_chains(fn, input, tile, args, a, segment, b);
   tile.a = a;
   tile.b = b;
   tile.segment = segment;
@@ -134,12 +142,12 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
   tile.residual_row = args.residual_row;
   tile.c_row = args.c_row;
   tile.act = args.act;
-  const float* a = args.a + row_begin * args.a_row;
+  const void* a = advance(args.a, kernel.input, row_begin * args.a_row);
   tile.a_row = args.a_row;
-  if (aliases(args, rows, panel_end - panel_begin)) {
+  if (aliases(kernel, args, rows, panel_end - panel_begin)) {
     tile.a_row = k + kPanel;
     segment = &whole_row;
-    a = copy_rows(args, row_begin, rows, tile.a_row);
+    a = copy_rows(kernel, args, row_begin, rows, tile.a_row);
   }
 
   int variant = 0;
@@ -152,7 +160,7 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
     const int64_t panels = wide && panel_end - panel >= kernel.wide_panels ? kernel.wide_panels : 1;
     const bool is_last = panel + panels - 1 == last_panel;
     tile.columns = is_last ? static_cast<int>(args.n - last_panel * kPanel) : kPanel;
-    const float* b = args.b + panel * args.b_panel;
+    const void* b = advance(args.b, kernel.input, panel * args.b_panel);
     tile.bias = args.bias + panel * kPanel;
     tile.gamma = args.gamma ? args.gamma + panel * kPanel : nullptr;
     for (int64_t t = 0; t < tiles; ++t) {
@@ -160,9 +168,12 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
       const int64_t first = rows * t / tiles;
       const int64_t count = rows * (t + 1) / tiles - first;
       const int64_t row = row_begin + first;
-      tile.c = args.c + row * args.c_row + panel * args.c_panel;
-      tile.residual = args.residual ? args.residual + row * args.residual_row + panel * args.residual_panel : nullptr;
-      run_tile((panels > 1 ? kernel.wide : kernel.tile[variant])[count], tile, args, a + first * tile.a_row, segment, b);
+      tile.c = advance(args.c, kernel.output, row * args.c_row + panel * args.c_panel);
+      tile.residual = args.residual ? advance(args.residual, kernel.output,
+                                              row * args.residual_row + panel * args.residual_panel)
+                                    : nullptr;
+      run_tile((panels > 1 ? kernel.wide : kernel.tile[variant])[count], kernel.input, tile, args,
+               advance(a, kernel.input, first * tile.a_row), segment, b);
     }
     panel += panels;
   }
@@ -206,6 +217,29 @@ void pack_panels(const float* weight, int64_t n, int64_t k, ptrdiff_t weight_row
       for (int64_t j = 0; j < columns; ++j) packed[j] = weight[(first + j) * weight_row + i * weight_column];
       for (int64_t j = columns; j < kPanel; ++j) packed[j] = 0.0f;
       packed += kPanel;
+    }
+  }
+}
+
+void pack_pairs(const float* panels, int64_t panel_count, int64_t k, uint16_t* packed) {
+  // a pair's 32 values are read before they are written, so that both may start at the same place
+  for (int64_t pair = 0; pair < panel_count * k / 2; ++pair) {
+    uint16_t rounded[2 * kPanel];
+    pointwise_kernels().narrow(panels + pair * 2 * kPanel, Storage::kBfloat16, rounded, 2 * kPanel);
+    for (int j = 0; j < kPanel; ++j) {
+      packed[(pair * kPanel + j) * 2] = rounded[j];
+      packed[(pair * kPanel + j) * 2 + 1] = rounded[kPanel + j];
+    }
+  }
+}
+
+void unpack_pairs(const uint16_t* packed, int64_t panel_count, int64_t k, float* panels) {
+  for (int64_t pair = 0; pair < panel_count * k / 2; ++pair) {
+    float wide[2 * kPanel];
+    pointwise_kernels().widen(packed + pair * 2 * kPanel, Storage::kBfloat16, wide, 2 * kPanel);
+    for (int j = 0; j < kPanel; ++j) {
+      panels[pair * 2 * kPanel + j] = wide[2 * j];
+      panels[pair * 2 * kPanel + kPanel + j] = wide[2 * j + 1];
     }
   }
 }

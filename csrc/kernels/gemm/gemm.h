@@ -7,6 +7,7 @@
 
 #include "cpu/features.h"
 #include "kernels/activation.h"
+#include "kernels/storage.h"
 
 namespace mnv4 {
 
@@ -16,20 +17,21 @@ inline constexpr int kPanel = 16;
 inline constexpr int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline constexpr int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; }
 
-// One tile: `rows` rows by one panel (or kWidePanels panels for a wide tile). Strides are in elements.
+// One tile: `rows` rows by one panel (or several, for a wide tile). Strides are in elements; a and b are of the kernel's
+// input type, c and residual of its output type. With bfloat16 input K comes in pairs: all lengths of K are even.
 struct GemmTile {
-  const float* a;           // row 0
+  const void* a;            // row 0
   ptrdiff_t a_row;          // from a row to the next
   const ptrdiff_t* segment; // [segments] start of each run of K within a row
   int64_t segments;
   int64_t segment_length;   // every run has this many consecutive K
-  const float* b;           // [K][kPanel]
+  const void* b;            // [K][kPanel], in bfloat16 [K / 2][kPanel][2]
   ptrdiff_t b_panel;        // from a panel to the next; read by wide tiles only
   const float* bias;        // [panels * kPanel]
   const float* gamma;       // [panels * kPanel] or null
-  const float* residual;    // or null
+  const void* residual;     // or null
   ptrdiff_t residual_row;
-  float* c;
+  void* c;
   ptrdiff_t c_row;
   int columns;              // valid columns of the (last) panel, 1 to kPanel
   Activation act;
@@ -55,6 +57,8 @@ inline constexpr int kRowVariants = sizeof kRowStrides / sizeof *kRowStrides;
 
 struct GemmKernel {
   const char* name;
+  Storage input;
+  Storage output;
   // rows of the largest tile; tile[v][r] takes exactly r rows, kRowStrides[v] apart
   int max_rows;
   GemmTileFn tile[kRowVariants][16];
@@ -64,23 +68,26 @@ struct GemmKernel {
   GemmTileFn wide[4];
 };
 
-// The first kernel of the list that the active tier can run.
-const GemmKernel& gemm_kernel();
+// The first kernel of the list that the active tier can run. Every tier has float32 in and out.
+const GemmKernel& gemm_kernel(Storage input = Storage::kFloat32, Storage output = Storage::kFloat32);
+
+// True where the active tier multiplies bfloat16.
+bool gemm_has_bfloat16();
 
 // A matrix product over rows [row_begin, row_end) and panels [panel_begin, panel_end) of one operand.
 struct GemmArgs {
-  const float* a;
+  const void* a;
   ptrdiff_t a_row;
   const ptrdiff_t* segment;
   int64_t segments;
   int64_t segment_length;
-  const float* b;         // packed [ceil(n / kPanel)][at least K][kPanel]
+  const void* b;          // packed [ceil(n / kPanel)][at least K][kPanel]
   ptrdiff_t b_panel;      // from a packed panel to the next
   const float* bias;      // [ceil(n / kPanel) * kPanel]
   const float* gamma;     // the same, or null
-  const float* residual;  // or null
+  const void* residual;   // or null
   ptrdiff_t residual_row;
-  float* c;
+  void* c;
   ptrdiff_t c_row;
   ptrdiff_t c_panel;      // from a panel's columns to the next's; residual_panel for the residual
   ptrdiff_t residual_panel;
@@ -102,5 +109,11 @@ GemmGrid gemm_grid(const GemmKernel& kernel, int64_t rows, int64_t panels, int64
 // [n][k] row-major weights to [ceil(n / kPanel)][k][kPanel], missing columns zero.
 void pack_panels(const float* weight, int64_t n, int64_t k, ptrdiff_t weight_row, ptrdiff_t weight_column,
                  float* packed);
+
+// float32 panels of even depth to bfloat16 panels [ceil(n / kPanel)][k / 2][kPanel][2]; in place if the pointers agree.
+void pack_pairs(const float* panels, int64_t panel_count, int64_t k, uint16_t* packed);
+
+// The exact inverse of pack_pairs' order, widened.
+void unpack_pairs(const uint16_t* packed, int64_t panel_count, int64_t k, float* panels);
 
 }  // namespace mnv4

@@ -5,8 +5,6 @@
 
 namespace mnv4 {
 
-extern const GemmKernel gemm_f32_avx2 = {
-    "gemm_f32_avx2", 6, MNV4_GEMM_TABLE(MNV4_GEMM_TILES_6), 1, 4, {nullptr, gemm_tile<1, 4>},
-};
+extern const GemmKernel gemm_f32_avx2 = make_gemm_kernel<float, float, 6, 1, 4>("gemm_f32_avx2");
 
 }  // namespace mnv4

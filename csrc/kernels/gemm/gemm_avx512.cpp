@@ -5,9 +5,6 @@
 
 namespace mnv4 {
 
-extern const GemmKernel gemm_f32_avx512 = {
-    "gemm_f32_avx512", 14, MNV4_GEMM_TABLE(MNV4_GEMM_TILES_14),
-    3,                 4,  {nullptr, gemm_tile<1, 4>, gemm_tile<2, 4>, gemm_tile<3, 4>},
-};
+extern const GemmKernel gemm_f32_avx512 = make_gemm_kernel<float, float, 14, 3, 4>("gemm_f32_avx512");
 
 }  // namespace mnv4

@@ -4,8 +4,6 @@
 
 namespace mnv4 {
 
-extern const GemmKernel gemm_f32_scalar = {
-    "gemm_f32_scalar", 2, MNV4_GEMM_TABLE(MNV4_GEMM_TILES_2), 0, 1, {nullptr},
-};
+extern const GemmKernel gemm_f32_scalar = make_gemm_kernel<float, float, 2, 0, 1>("gemm_f32_scalar");
 
 }  // namespace mnv4

@@ -1,19 +1,37 @@
 // The register tile of every GEMM kernel, over whichever Vec the including file chose.
 #pragma once
 
+#include <utility>
+
 #include "kernels/gemm/gemm.h"
 #include "simd/activation.h"
+#include "simd/stored.h"
 
 namespace mnv4 {
 namespace {
 
 using simd::Vec;
 
+// How a tile reads its operands: kGroup values of K at a time.
+template <class T>
+struct Operand;
+template <>
+struct Operand<float> {
+  static constexpr Storage kStorage = Storage::kFloat32;
+  static constexpr int kGroup = 1;
+  using Packed = Vec;
+  static MNV4_INLINE Packed broadcast(const float* p) { return Vec::broadcast(*p); }
+  static MNV4_INLINE Packed load(const float* p) { return Vec::load(p); }
+  static MNV4_INLINE Vec multiply_add(Packed x, Packed w, Vec sum) { return fma(x, w, sum); }
+};
+
 // MR rows by NP panels. Sums run over K in order, one fused multiply-add each, so that every tile shape gives the
 // same bits. With a compiled row stride all rows are displacements of one pointer; else (ROW = 0) one pointer serves
 // three rows, base + {0, 1, 2} * row: x86 can scale an index by 2, and there are registers for them all.
-template <int MR, int NP, int ROW = 0>
+template <class In, class Out, int MR, int NP, int ROW = 0>
 void gemm_tile(const GemmTile& t) {
+  using A = Operand<In>;
+  using C = simd::Stored<Out>;
   constexpr int kVectors = kPanel / Vec::kWidth * NP;
   constexpr int kRowsPerBase = ROW ? MR : 3;
   constexpr int kBases = (MR + kRowsPerBase - 1) / kRowsPerBase;
@@ -25,36 +43,39 @@ void gemm_tile(const GemmTile& t) {
     for (int r = 0; r < MR; ++r) acc[r][v] = start;
   }
   const ptrdiff_t row = ROW ? ROW : t.a_row;
-  const float* b = t.b;
+  const auto* a = static_cast<const In*>(t.a);
+  const auto* b = static_cast<const In*>(t.b);
+  const auto* residual = static_cast<const Out*>(t.residual);
+  auto* c = static_cast<Out*>(t.c);
   const ptrdiff_t b_panel = NP > 1 ? t.b_panel : 0;
   for (int64_t s = 0; s < t.segments; ++s) {
-    const float* base[kBases];
+    const In* base[kBases];
 #pragma GCC unroll 16
     for (int i = 0; i < kBases; ++i) {
-      base[i] = t.a + t.segment[s] + row * (kRowsPerBase * i);
+      base[i] = a + t.segment[s] + row * (kRowsPerBase * i);
       // keeps the compiler from deriving every row's address anew from one base
       asm volatile("" : "+r"(base[i]));
     }
     // GCC spills accumulators when it unrolls this loop
 #pragma GCC unroll 1
-    for (int64_t k = 0; k < t.segment_length; ++k) {
-      Vec w[kVectors];
+    for (int64_t k = 0; k < t.segment_length; k += A::kGroup) {
+      typename A::Packed w[kVectors];
 #pragma GCC unroll 64
       for (int v = 0; v < kVectors; ++v) {
         constexpr int kPerPanel = kPanel / Vec::kWidth;
-        w[v] = Vec::load(b + (v / kPerPanel) * b_panel + (v % kPerPanel) * Vec::kWidth);
+        w[v] = A::load(b + (v / kPerPanel) * b_panel + (v % kPerPanel) * Vec::kWidth * A::kGroup);
       }
 #pragma GCC unroll 4
-      for (int p = 0; p < NP; ++p) __builtin_prefetch(b + p * b_panel + 16 * kPanel);
-      b += kPanel;
+      for (int p = 0; p < NP; ++p) __builtin_prefetch(b + p * b_panel + 16 * kPanel * A::kGroup);
+      b += kPanel * A::kGroup;
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) {
-        const Vec x = Vec::broadcast(base[r / kRowsPerBase][(r % kRowsPerBase) * row]);
+        const typename A::Packed x = A::broadcast(base[r / kRowsPerBase] + (r % kRowsPerBase) * row);
 #pragma GCC unroll 64
-        for (int v = 0; v < kVectors; ++v) acc[r][v] = fma(x, w[v], acc[r][v]);
+        for (int v = 0; v < kVectors; ++v) acc[r][v] = A::multiply_add(x, w[v], acc[r][v]);
       }
 #pragma GCC unroll 16
-      for (int i = 0; i < kBases; ++i) ++base[i];
+      for (int i = 0; i < kBases; ++i) base[i] += A::kGroup;
     }
   }
   if (!t.first) {
@@ -105,19 +126,19 @@ void gemm_tile(const GemmTile& t) {
     }
   }
   if (t.columns == kPanel) {
-    if (t.residual) {
+    if (residual) {
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 64
         for (int v = 0; v < kVectors; ++v) {
-          acc[r][v] = acc[r][v] + Vec::load(t.residual + r * t.residual_row + v * Vec::kWidth);
+          acc[r][v] = acc[r][v] + C::load(residual + r * t.residual_row + v * Vec::kWidth);
         }
       }
     }
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 64
-      for (int v = 0; v < kVectors; ++v) acc[r][v].store(t.c + r * t.c_row + v * Vec::kWidth);
+      for (int v = 0; v < kVectors; ++v) C::store(c + r * t.c_row + v * Vec::kWidth, acc[r][v]);
     }
     return;
   }
@@ -128,25 +149,39 @@ void gemm_tile(const GemmTile& t) {
     if (valid <= 0) continue;
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {
-      if (t.residual) acc[r][v] = acc[r][v] + Vec::load(t.residual + r * t.residual_row + v * Vec::kWidth, valid);
-      acc[r][v].store(t.c + r * t.c_row + v * Vec::kWidth, valid);
+      if (residual) acc[r][v] = acc[r][v] + C::load(residual + r * t.residual_row + v * Vec::kWidth, valid);
+      C::store(c + r * t.c_row + v * Vec::kWidth, acc[r][v], valid);
     }
   }
 }
 
-// One row of a kernel's table: tiles of 1 to MR rows for each compiled stride.
-#define MNV4_GEMM_TILES_1(ROW) nullptr, gemm_tile<1, 1, ROW>
-#define MNV4_GEMM_TILES_2(ROW) MNV4_GEMM_TILES_1(ROW), gemm_tile<2, 1, ROW>
-#define MNV4_GEMM_TILES_6(ROW) \
-  MNV4_GEMM_TILES_2(ROW), gemm_tile<3, 1, ROW>, gemm_tile<4, 1, ROW>, gemm_tile<5, 1, ROW>, gemm_tile<6, 1, ROW>
-#define MNV4_GEMM_TILES_14(ROW)                                                                    \
-  MNV4_GEMM_TILES_6(ROW), gemm_tile<7, 1, ROW>, gemm_tile<8, 1, ROW>, gemm_tile<9, 1, ROW>,        \
-      gemm_tile<10, 1, ROW>, gemm_tile<11, 1, ROW>, gemm_tile<12, 1, ROW>, gemm_tile<13, 1, ROW>, \
-      gemm_tile<14, 1, ROW>
-#define MNV4_GEMM_TABLE(TILES)                                                                    \
-  {                                                                                               \
-    {TILES(kRowStrides[0])}, {TILES(kRowStrides[1])}, {TILES(kRowStrides[2])}, {TILES(kRowStrides[3])} \
-  }
+// A kernel's table: tiles of 1 to MAX rows for each compiled stride, and wide tiles of 1 to WIDE rows by NP panels.
+template <class In, class Out, int ROW, int... MR>
+constexpr void fill_tiles(GemmTileFn* to, std::integer_sequence<int, MR...>) {
+  ((to[MR + 1] = gemm_tile<In, Out, MR + 1, 1, ROW>), ...);
+}
+template <class In, class Out, int NP, int... MR>
+constexpr void fill_wide(GemmTileFn* to, std::integer_sequence<int, MR...>) {
+  ((to[MR + 1] = gemm_tile<In, Out, MR + 1, NP>), ...);
+}
+template <class In, class Out, int MAX, int WIDE, int NP>
+constexpr GemmKernel make_gemm_kernel(const char* name) {
+  GemmKernel kernel{};
+  kernel.name = name;
+  kernel.input = Operand<In>::kStorage;
+  kernel.output = simd::Stored<Out>::kStorage;
+  kernel.max_rows = MAX;
+  kernel.wide_rows = WIDE;
+  kernel.wide_panels = NP;
+  const auto rows = std::make_integer_sequence<int, MAX>{};
+  static_assert(kRowVariants == 4, "one fill for each entry of kRowStrides");
+  fill_tiles<In, Out, kRowStrides[0]>(kernel.tile[0], rows);
+  fill_tiles<In, Out, kRowStrides[1]>(kernel.tile[1], rows);
+  fill_tiles<In, Out, kRowStrides[2]>(kernel.tile[2], rows);
+  fill_tiles<In, Out, kRowStrides[3]>(kernel.tile[3], rows);
+  fill_wide<In, Out, NP>(kernel.wide, std::make_integer_sequence<int, WIDE>{});
+  return kernel;
+}
 
 }  // namespace
 }  // namespace mnv4

@@ -4,11 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/storage.h"
+
 namespace mnv4 {
-
-enum class Storage { kFloat32, kBfloat16, kFloat16 };
-
-inline constexpr int64_t storage_bytes(Storage type) { return type == Storage::kFloat32 ? 4 : 2; }
 
 struct PointwiseKernels {
   const char* name;

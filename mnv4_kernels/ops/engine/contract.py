@@ -7,7 +7,7 @@ import torch
 from .._contract import LIBRARY, NAMESPACE
 from .programs import program_of
 
-LIBRARY.define("engine_create(Tensor program, Tensor[] arrays) -> int")
+LIBRARY.define("engine_create(Tensor program, Tensor[] arrays, bool bfloat16) -> int")
 LIBRARY.define("engine_run(int handle, Tensor x, int tag) -> Tensor[]")
 LIBRARY.define("engine_profile(int handle, Tensor x, int tag, int repeats) -> (Tensor, Tensor, str)")
 LIBRARY.define("engine_free(int handle) -> ()")

@@ -11,14 +11,14 @@ from .programs import forget, remember
 
 
 class Engine:
-    """Packs `program` [nodes, fields] int64 and its float32 `arrays`; freed with the last reference.
+    """Packs `program` [nodes, fields] int64 and its float32 `arrays`, in `bfloat16` where it multiplies; freed with the last reference.
 
     Attributes:
         handle: what `engine_run` takes; no two engines of a process have the same.
     """
 
-    def __init__(self, program: torch.Tensor, arrays: list[torch.Tensor]) -> None:
-        self.handle: int = engine_create(program, arrays)
+    def __init__(self, program: torch.Tensor, arrays: list[torch.Tensor], bfloat16: bool = False) -> None:
+        self.handle: int = engine_create(program, arrays, bfloat16)
         remember(self.handle, program)
         weakref.finalize(self, _free, self.handle)
 
