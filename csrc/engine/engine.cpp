@@ -92,11 +92,20 @@ std::vector<Packing> packings(const Node& n, int64_t channels, Storage type) {
       const Packing down{Layout::kDepthwise, kh ? channels : 0, 1, kh, kw};
       const int64_t queries = n.heads * n.key_dim;
       const int64_t mixed = n.heads * n.value_dim;
-      return {vector(channels), vector(channels),
-              product(queries, channels), vector(queries),
-              down, vector(channels), product(n.key_dim, channels), vector(n.key_dim),
-              down, vector(channels), product(n.value_dim, channels), vector(n.value_dim),
-              product(n.channels, mixed), vector(n.channels)};
+      return {vector(channels),
+              vector(channels),
+              product(queries, channels),
+              vector(queries),
+              down,
+              vector(channels),
+              product(n.key_dim, channels),
+              vector(n.key_dim),
+              down,
+              vector(channels),
+              product(n.value_dim, channels),
+              vector(n.value_dim),
+              product(n.channels, mixed),
+              vector(n.channels)};
     }
     default:
       return {};
@@ -206,8 +215,8 @@ std::vector<Shape> Engine::output_shapes(const Shape& shape, int64_t workers, in
   return shapes;
 }
 
-void Engine::run(const Shape& shape, const Input& input, const std::vector<float*>& outputs, int64_t workers, int64_t tag,
-                 const ParallelRegion& parallel) {
+void Engine::run(const Shape& shape, const Input& input, const std::vector<float*>& outputs, int64_t workers,
+                 int64_t tag, const ParallelRegion& parallel) {
   const int64_t at_a_time = images_at_a_time(shape, workers, tag);
   std::vector<float*> out = outputs;
   Input in = input;

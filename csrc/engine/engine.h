@@ -45,7 +45,7 @@ class Engine {
     size_t node;
     size_t array;
     Storage type;
-    int64_t depth;   // values of K in a panel
+    int64_t depth;  // values of K in a panel
     int64_t panels;
   };
   struct Entry {

@@ -158,8 +158,8 @@ double panel_cost(const PanelJob::Spec& s) {
 PanelJob::PanelJob(Spec spec)
     : Job(panel_units(spec), panel_cost(spec)),
       kernel_(panel_kernel(spec)),
-      dwconv_(dwconv_kernel(spec.keep_y ? spec.y.type : Storage::kFloat32,
-                            spec.dw ? spec.dw->y.type : Storage::kFloat32)),
+      dwconv_(
+          dwconv_kernel(spec.keep_y ? spec.y.type : Storage::kFloat32, spec.dw ? spec.dw->y.type : Storage::kFloat32)),
       spec_(std::move(spec)),
       whole_(spec_.dw || spec_.mean),
       tiles_(panel_tiles(spec_)) {

@@ -66,10 +66,10 @@ class Job {
 
 // A depthwise convolution as part of a job.
 struct Depthwise {
-  DwconvArgs args{};       // without x and y
-  const float* weight;     // [block][taps][16]
-  const float* bias;       // [block * 16]
-  bool reflect = false;    // taps outside the image mirror it
+  DwconvArgs args{};     // without x and y
+  const float* weight;   // [block][taps][16]
+  const float* bias;     // [block * 16]
+  bool reflect = false;  // taps outside the image mirror it
   Planes y;
 
   // One plane: rows [row_begin, row_end). `padded` is scratch for the mirrored plane.
@@ -109,10 +109,10 @@ struct Matrix {
   int64_t offset = 0;  // bytes
   Storage type = Storage::kFloat32;
   int64_t images = 0;
-  int64_t rows = 0;        // per image
+  int64_t rows = 0;  // per image
   ptrdiff_t image = 0;
   ptrdiff_t row = 0;
-  ptrdiff_t panel = 0;     // between 16 columns and the next
+  ptrdiff_t panel = 0;  // between 16 columns and the next
   int64_t columns = 0;
 
   static Matrix of(const Planes& p);
@@ -127,8 +127,8 @@ class PanelJob : public Job {
   struct Spec {
     Matrix x;
     Matrix y;
-    bool keep_y = true;      // else y is scratch that the rider consumes
-    int64_t depth = 0;       // rows of a packed panel
+    bool keep_y = true;            // else y is scratch that the rider consumes
+    int64_t depth = 0;             // rows of a packed panel
     const void* weight = nullptr;  // of x's type
     const float* bias = nullptr;
     Activation act = Activation::kNone;
@@ -149,7 +149,7 @@ class PanelJob : public Job {
   const GemmKernel& kernel_;
   const DwconvKernel& dwconv_;
   Spec spec_;
-  bool whole_;      // a unit is a whole panel of an image, else a tile of rows
+  bool whole_;  // a unit is a whole panel of an image, else a tile of rows
   int64_t tiles_;
   std::vector<ptrdiff_t> segment_;
 };

@@ -215,8 +215,7 @@ class Planner {
     plan_.steps_.back().part = part;
   }
 
-  Depthwise depthwise(int64_t id, const Planes& x, const Planes& y, const float* weight,
-                      const float* bias) const {
+  Depthwise depthwise(int64_t id, const Planes& x, const Planes& y, const float* weight, const float* bias) const {
     const Node& n = node(id);
     Depthwise dw;
     dw.args.height = x.height;
@@ -348,8 +347,22 @@ class Planner {
     const int64_t images = x.images;
     const bool downsampled = n.kernel_h > 0;
     const auto place = [&](int64_t bytes) { return arena_.place(bytes, now, now); };
-    enum : size_t { kScale, kShift, kQuery, kQueryBias, kKeyDown, kKeyShift, kKey, kKeyBias, kValueDown, kValueShift,
-                    kValue, kValueBias, kOut, kOutBias };
+    enum : size_t {
+      kScale,
+      kShift,
+      kQuery,
+      kQueryBias,
+      kKeyDown,
+      kKeyShift,
+      kKey,
+      kKeyBias,
+      kValueDown,
+      kValueShift,
+      kValue,
+      kValueBias,
+      kOut,
+      kOutBias
+    };
 
     // scores, softmax and mix are float32: they are few and their rounding is amplified
     Matrix query = Matrix::row_major(Storage::kFloat32, images, x.pixels(), n.heads * n.key_dim);
@@ -374,10 +387,9 @@ class Planner {
       Planes key_down = down, value_down = down;
       key_down.offset = place(down.bytes());
       value_down.offset = place(down.bytes());
-      add(std::make_unique<DownsampleJob>(
-          x, array(id, kScale), array(id, kShift),
-          depthwise(id, x, key_down, array(id, kKeyDown), array(id, kKeyShift)),
-          depthwise(id, x, value_down, array(id, kValueDown), array(id, kValueShift))));
+      add(std::make_unique<DownsampleJob>(x, array(id, kScale), array(id, kShift),
+                                          depthwise(id, x, key_down, array(id, kKeyDown), array(id, kKeyShift)),
+                                          depthwise(id, x, value_down, array(id, kValueDown), array(id, kValueShift))));
       key_source = Matrix::of(key_down);
       value_source = Matrix::of(value_down);
       step(id, "key, value");
@@ -391,7 +403,8 @@ class Planner {
     add(product(key_source, key, weight(id, kKey), array(id, kKeyBias)));
     add(product(value_source, Matrix::of(value), weight(id, kValue), array(id, kValueBias)));
 
-    const int64_t key_panels = place(images * round_up(positions, kPanel) * n.key_dim * static_cast<int64_t>(sizeof(float)));
+    const int64_t key_panels =
+        place(images * round_up(positions, kPanel) * n.key_dim * static_cast<int64_t>(sizeof(float)));
     step(id, "key panels");
     add(std::make_unique<KeyPanelsJob>(key, n.key_dim, key_panels));
 

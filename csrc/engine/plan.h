@@ -25,8 +25,8 @@ struct PackedNode {
 };
 
 struct Step {
-  int64_t node = 0;        // the program's node that it computes, or begins with
-  const char* part = "";   // what of it
+  int64_t node = 0;       // the program's node that it computes, or begins with
+  const char* part = "";  // what of it
   std::vector<std::unique_ptr<Job>> jobs;
   // [job][worker]: first unit of each worker's share, one more entry than workers
   std::vector<std::vector<int64_t>> bounds;
@@ -34,8 +34,8 @@ struct Step {
 
 class Plan {
  public:
-  Plan(const Program& program, const std::vector<PackedNode>& packed, const Shape& input, int64_t workers,
-       int64_t tag, Storage compute);
+  Plan(const Program& program, const std::vector<PackedNode>& packed, const Shape& input, int64_t workers, int64_t tag,
+       Storage compute);
 
   // Runs workers [begin, end) of the plan; all workers must be running at the same time.
   void run(const Context& context, Barrier& barrier, int64_t begin, int64_t end, float* scratch) const;

@@ -10,8 +10,8 @@
 namespace mnv4::engine {
 
 enum class Kind : int64_t { kInput, kConv, kDepthwise, kPointwise, kAttention, kPool, kLinear, kOutput };
-inline constexpr const char* kKindNames[] = {"input", "conv", "depthwise", "pointwise", "attention", "pool", "linear",
-                                             "output"};
+inline constexpr const char* kKindNames[] = {"input",     "conv", "depthwise", "pointwise",
+                                             "attention", "pool", "linear",    "output"};
 
 // How taps outside the image read: zeros with explicit or TF 'same' amounts, or the image reflected at its border.
 enum class PadMode : int64_t { kExplicit, kSame, kReflect };
@@ -23,10 +23,11 @@ inline constexpr const char* kPadModeNames[] = {"explicit", "same", "reflect"};
 //   conv, depthwise, pointwise, linear: weight, bias
 //   attention: norm scale, norm shift, query, query bias, key down, key shift, key, key bias, value down, value shift,
 //              value, value bias, output, output bias; the down arrays are empty where K/V is not downsampled
-#define MNV4_ENGINE_FIELDS(FIELD)                                                                              \
-  FIELD(kind) FIELD(input) FIELD(residual) FIELD(weight) FIELD(channels) FIELD(kernel_h) FIELD(kernel_w)       \
-  FIELD(stride_h) FIELD(stride_w) FIELD(pad_top) FIELD(pad_bottom) FIELD(pad_left) FIELD(pad_right)            \
-  FIELD(pad_mode) FIELD(dilation_h) FIELD(dilation_w) FIELD(act) FIELD(heads) FIELD(key_dim) FIELD(value_dim)
+#define MNV4_ENGINE_FIELDS(FIELD)                                                                            \
+  FIELD(kind)                                                                                                \
+  FIELD(input) FIELD(residual) FIELD(weight) FIELD(channels) FIELD(kernel_h) FIELD(kernel_w) FIELD(stride_h) \
+      FIELD(stride_w) FIELD(pad_top) FIELD(pad_bottom) FIELD(pad_left) FIELD(pad_right) FIELD(pad_mode)      \
+          FIELD(dilation_h) FIELD(dilation_w) FIELD(act) FIELD(heads) FIELD(key_dim) FIELD(value_dim)
 
 struct Node {
 #define MNV4_ENGINE_FIELD(name) int64_t name = 0;

@@ -147,8 +147,8 @@ std::tuple<Tensor, Tensor> kv_downsample(Tensor x, OptionalTensor key_down, Opti
 
   const GemmKernel& kernel = gemm_kernel();
   const int64_t rows = in.batch * positions;
-  const int64_t chunks = std::max<int64_t>(1, std::min<int64_t>(div_up(torch::stable::get_num_threads(), 2),
-                                                                div_up(rows, kernel.max_rows)));
+  const int64_t chunks = std::max<int64_t>(
+      1, std::min<int64_t>(div_up(torch::stable::get_num_threads(), 2), div_up(rows, kernel.max_rows)));
   const Tensor results[] = {scratch(rows * key.outputs()), scratch(rows * value.outputs())};
   const ptrdiff_t whole_row = 0;
   parallel(rows ? 2 * chunks : 0, [&](int64_t begin, int64_t end) {

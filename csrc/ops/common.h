@@ -15,7 +15,7 @@
 
 // hidden, like the stable ABI's own types that its classes hold
 namespace mnv4 {
-namespace ops __attribute__((visibility("hidden"))) {
+namespace [[gnu::visibility("hidden")]] ops {
 
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;

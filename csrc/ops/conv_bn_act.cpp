@@ -28,8 +28,8 @@ Image source(const Tensor& x, ptrdiff_t* channel_stride) {
   return v;
 }
 
-Tensor conv_bn_act(Tensor x, Tensor weight, OptionalTensor scale, OptionalTensor shift, IntList stride,
-                   IntList padding, IntList dilation, std::string act, bool channels_last, OptionalTensor packed) {
+Tensor conv_bn_act(Tensor x, Tensor weight, OptionalTensor scale, OptionalTensor shift, IntList stride, IntList padding,
+                   IntList dilation, std::string act, bool channels_last, OptionalTensor packed) {
   const Geometry g = geometry(x, weight, stride, padding, dilation);
   const int64_t channels = x.size(1);
   const int64_t outputs = weight.size(0);

@@ -63,8 +63,7 @@ Tensor dwconv_bn_act(Tensor x, Tensor weight, OptionalTensor scale, OptionalTens
       task.x = in.data + n * in.n_stride;
       task.y = out.data() + n * g.out_height * args.y_row;
       kernel.run(task, g.out_height * r / row_chunks, g.out_height * (r + 1) / row_chunks,
-                 blocks * c / channel_chunks * kPanel,
-                 std::min(channels, blocks * (c + 1) / channel_chunks * kPanel));
+                 blocks * c / channel_chunks * kPanel, std::min(channels, blocks * (c + 1) / channel_chunks * kPanel));
     }
   });
   return out.finish();

@@ -73,8 +73,8 @@ struct Source {
     MNV4_CHECK_SHAPE(x.dim() == 4, x, "x", "have four dimensions [N, C, H, W]");
     shape = {x.size(0), x.size(1), x.size(2), x.size(3)};
     if (storage_of(x, "x") == Storage::kFloat32 && conv_is_planar(x.size(1))) {
-      input = {static_cast<const float*>(x.const_data_ptr()), x.stride(0), x.stride(1), kPanel, x.stride(2),
-               x.stride(3)};
+      input = {
+          static_cast<const float*>(x.const_data_ptr()), x.stride(0), x.stride(1), kPanel, x.stride(2), x.stride(3)};
     } else {
       const Image nhwc = image(x, "x");
       storage = nhwc.storage;
@@ -133,6 +133,8 @@ STABLE_TORCH_LIBRARY_IMPL(mnv4_kernels, CPU, m) {
   m.impl("engine_profile", TORCH_BOX(&engine_profile));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mnv4_kernels, CompositeExplicitAutograd, m) { m.impl("engine_free", TORCH_BOX(&engine_free)); }
+STABLE_TORCH_LIBRARY_IMPL(mnv4_kernels, CompositeExplicitAutograd, m) {
+  m.impl("engine_free", TORCH_BOX(&engine_free));
+}
 
 }  // namespace mnv4::ops

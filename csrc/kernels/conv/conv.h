@@ -22,8 +22,8 @@ struct ConvArgs {
   int64_t channels;
   int64_t height;
   int64_t width;
-  const void* weight;   // packed [ceil(K / 16)][conv_depth][16] by pack_conv
-  const float* bias;    // [ceil(K / 16) * 16]
+  const void* weight;  // packed [ceil(K / 16)][conv_depth][16] by pack_conv
+  const float* bias;   // [ceil(K / 16) * 16]
   void* y;
   ptrdiff_t y_row;
   ptrdiff_t y_pixel;

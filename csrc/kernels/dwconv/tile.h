@@ -14,26 +14,26 @@ using simd::Vec;
 // One row of `TW` output pixels of one vector of channels. Coordinates of the input are relative to `x`.
 template <class In, class Out>
 struct DwconvRow {
-  const In* x;           // tap (0, 0) of output 0; may point outside the image where taps are clipped
-  ptrdiff_t x_row;       // times dilation_h
+  const In* x;      // tap (0, 0) of output 0; may point outside the image where taps are clipped
+  ptrdiff_t x_row;  // times dilation_h
   ptrdiff_t x_pixel;
-  int tap_begin;         // rows of taps inside the image
+  int tap_begin;  // rows of taps inside the image
   int tap_end;
-  int column_begin;      // input columns inside the image, relative to x
+  int column_begin;  // input columns inside the image, relative to x
   int column_end;
-  const float* weight;   // [kh * kw][16]
+  const float* weight;  // [kh * kw][16]
   Vec bias;
   Out* y;
   ptrdiff_t y_pixel;
   Activation act;
-  int valid;             // channels of this vector
+  int valid;  // channels of this vector
 };
 
 // Where a tile's input columns may lie outside the image.
 enum class Edge {
-  kNone,     // nowhere
-  kLeft,     // the first K / 2 columns do
-  kRight,    // those past TW * S do
+  kNone,   // nowhere
+  kLeft,   // the first K / 2 columns do
+  kRight,  // those past TW * S do
   kBoth,
   kRuntime,  // column_begin and column_end tell
 };
@@ -180,7 +180,8 @@ template <class In, class Out>
 using DwconvRowsFn = void (*)(const DwconvArgs&, DwconvRow<In, Out>&, int64_t, int64_t, int64_t);
 
 template <int K, int S, int TW, int PIXEL, class In, class Out>
-void dwconv_rows_tiled(const DwconvArgs& a, DwconvRow<In, Out>& t, int64_t channel, int64_t row_begin, int64_t row_end) {
+void dwconv_rows_tiled(const DwconvArgs& a, DwconvRow<In, Out>& t, int64_t channel, int64_t row_begin,
+                       int64_t row_end) {
   for (int64_t oy = row_begin; oy < row_end; ++oy) {
     place_row(a, oy, channel, t);
     dwconv_row_tiled<K, S, TW, PIXEL>(t, a.out_width);

@@ -22,9 +22,7 @@ const GemmKernel& gemm_kernel(Storage input, Storage output) {
   return gemm_f32_scalar;
 }
 
-bool gemm_has_bfloat16() {
-  return gemm_kernel(Storage::kBfloat16, Storage::kBfloat16).input == Storage::kBfloat16;
-}
+bool gemm_has_bfloat16() { return gemm_kernel(Storage::kBfloat16, Storage::kBfloat16).input == Storage::kBfloat16; }
 
 namespace {
 
@@ -125,8 +123,8 @@ void run_tile(GemmTileFn fn, Storage input, GemmTile& tile, const GemmArgs& args
   fn(tile);
 }
 
-void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begin, int64_t row_end,
-                int64_t panel_begin, int64_t panel_end) {
+void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begin, int64_t row_end, int64_t panel_begin,
+                int64_t panel_end) {
   const int64_t rows = row_end - row_begin;
   const int64_t k = args.segments * args.segment_length;
   const int64_t last_panel = div_up(args.n, kPanel) - 1;
@@ -169,9 +167,9 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
       const int64_t count = rows * (t + 1) / tiles - first;
       const int64_t row = row_begin + first;
       tile.c = advance(args.c, kernel.output, row * args.c_row + panel * args.c_panel);
-      tile.residual = args.residual ? advance(args.residual, kernel.output,
-                                              row * args.residual_row + panel * args.residual_panel)
-                                    : nullptr;
+      tile.residual = args.residual
+                          ? advance(args.residual, kernel.output, row * args.residual_row + panel * args.residual_panel)
+                          : nullptr;
       run_tile((panels > 1 ? kernel.wide : kernel.tile[variant])[count], kernel.input, tile, args,
                advance(a, kernel.input, first * tile.a_row), segment, b);
     }

@@ -17,28 +17,29 @@ inline constexpr int kPanel = 16;
 inline constexpr int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline constexpr int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; }
 
-// One tile: `rows` rows by one panel (or several, for a wide tile). Strides are in elements; a and b are of the kernel's
-// input type, c and residual of its output type. With bfloat16 input K comes in pairs: all lengths of K are even.
+// One tile: `rows` rows by one panel (or several, for a wide tile). Strides are in elements; a and b are of the
+// kernel's input type, c and residual of its output type. With bfloat16 input K comes in pairs: all lengths of K are
+// even.
 struct GemmTile {
-  const void* a;            // row 0
-  ptrdiff_t a_row;          // from a row to the next
-  const ptrdiff_t* segment; // [segments] start of each run of K within a row
+  const void* a;             // row 0
+  ptrdiff_t a_row;           // from a row to the next
+  const ptrdiff_t* segment;  // [segments] start of each run of K within a row
   int64_t segments;
-  int64_t segment_length;   // every run has this many consecutive K
-  const void* b;            // [K][kPanel], in bfloat16 [K / 2][kPanel][2]
-  ptrdiff_t b_panel;        // from a panel to the next; read by wide tiles only
-  const float* bias;        // [panels * kPanel]
-  const float* gamma;       // [panels * kPanel] or null
-  const void* residual;     // or null
+  int64_t segment_length;  // every run has this many consecutive K
+  const void* b;           // [K][kPanel], in bfloat16 [K / 2][kPanel][2]
+  ptrdiff_t b_panel;       // from a panel to the next; read by wide tiles only
+  const float* bias;       // [panels * kPanel]
+  const float* gamma;      // [panels * kPanel] or null
+  const void* residual;    // or null
   ptrdiff_t residual_row;
   void* c;
   ptrdiff_t c_row;
-  int columns;              // valid columns of the (last) panel, 1 to kPanel
+  int columns;  // valid columns of the (last) panel, 1 to kPanel
   Activation act;
   // A long reduction comes in chains: all but the last leave their sums in `partial`, the next ones add theirs to it.
   bool first;
   bool last;
-  float* partial;           // [rows * panels * kPanel]
+  float* partial;  // [rows * panels * kPanel]
 };
 
 // Longest chain of additions: the error of a plain sum grows with its length, and chains of a thousand leave the budget
@@ -81,17 +82,17 @@ struct GemmArgs {
   const ptrdiff_t* segment;
   int64_t segments;
   int64_t segment_length;
-  const void* b;          // packed [ceil(n / kPanel)][at least K][kPanel]
-  ptrdiff_t b_panel;      // from a packed panel to the next
-  const float* bias;      // [ceil(n / kPanel) * kPanel]
-  const float* gamma;     // the same, or null
-  const void* residual;   // or null
+  const void* b;         // packed [ceil(n / kPanel)][at least K][kPanel]
+  ptrdiff_t b_panel;     // from a packed panel to the next
+  const float* bias;     // [ceil(n / kPanel) * kPanel]
+  const float* gamma;    // the same, or null
+  const void* residual;  // or null
   ptrdiff_t residual_row;
   void* c;
   ptrdiff_t c_row;
-  ptrdiff_t c_panel;      // from a panel's columns to the next's; residual_panel for the residual
+  ptrdiff_t c_panel;  // from a panel's columns to the next's; residual_panel for the residual
   ptrdiff_t residual_panel;
-  int64_t n;              // columns
+  int64_t n;  // columns
   Activation act;
   int64_t chain = kChain;
 };

@@ -27,11 +27,8 @@ struct Operand<Bf16> {
 
 }  // namespace
 
-extern const GemmKernel gemm_bf16_bf16_avx512bf16 =
-    make_gemm_kernel<Bf16, Bf16, 14, 3, 4>("gemm_bf16_bf16_avx512bf16");
-extern const GemmKernel gemm_bf16_f32_avx512bf16 =
-    make_gemm_kernel<Bf16, float, 14, 3, 4>("gemm_bf16_f32_avx512bf16");
-extern const GemmKernel gemm_f32_bf16_avx512bf16 =
-    make_gemm_kernel<float, Bf16, 14, 3, 4>("gemm_f32_bf16_avx512bf16");
+extern const GemmKernel gemm_bf16_bf16_avx512bf16 = make_gemm_kernel<Bf16, Bf16, 14, 3, 4>("gemm_bf16_bf16_avx512bf16");
+extern const GemmKernel gemm_bf16_f32_avx512bf16 = make_gemm_kernel<Bf16, float, 14, 3, 4>("gemm_bf16_f32_avx512bf16");
+extern const GemmKernel gemm_f32_bf16_avx512bf16 = make_gemm_kernel<float, Bf16, 14, 3, 4>("gemm_f32_bf16_avx512bf16");
 
 }  // namespace mnv4

@@ -82,7 +82,8 @@ void gemm_tile(const GemmTile& t) {
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 64
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = acc[r][v] + Vec::load(t.partial + (r * kVectors + v) * Vec::kWidth);
+      for (int v = 0; v < kVectors; ++v)
+        acc[r][v] = acc[r][v] + Vec::load(t.partial + (r * kVectors + v) * Vec::kWidth);
     }
   }
   if (!t.last) {
