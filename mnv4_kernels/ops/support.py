@@ -16,6 +16,7 @@ import torch
 
 from .. import environment
 from ..backends import native
+from ..backends.tracing import constant_in_graphs
 
 #: Answers where no backend can.
 REFERENCE = "reference"
@@ -59,7 +60,7 @@ def backends_of(op: str) -> tuple[Backend, ...]:
 _SWITCHES = {op: environment.Switches([op]) for op in environment.OPS}
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def library_reasons(op: str) -> list[str]:
     """Why the C++ library doesn't serve `op` in this process; read once per graph under `torch.compile`."""
     switched_off = _SWITCHES[op].obstacle()
