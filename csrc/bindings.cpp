@@ -11,6 +11,7 @@
 #include "engine/program.h"
 #include "kernels/gemm/gemm.h"
 #include "kernels/peak/peak.h"
+#include "test_access.h"
 
 namespace py = pybind11;
 using mnv4::cpu::Tier;
@@ -57,7 +58,9 @@ PYBIND11_MODULE(_C, m) {
       "panel_width", [] { return static_cast<int>(mnv4::kPanel); }, "Output channels of one panel of packed weights.");
   m.def(
       "engine_fields",
-      [] { return std::vector<std::string>(std::begin(mnv4::engine::kFieldNames), std::end(mnv4::engine::kFieldNames)); },
+      [] {
+        return std::vector<std::string>(std::begin(mnv4::engine::kFieldNames), std::end(mnv4::engine::kFieldNames));
+      },
       "Columns of an engine program's rows.");
   m.def(
       "engine_kinds",
@@ -70,4 +73,6 @@ PYBIND11_MODULE(_C, m) {
       },
       "Padding modes of an engine program's nodes, by their codes.");
   m.def("engine_bytes", &mnv4::engine::Memory::total, "Bytes that all engines of the process hold.");
+  py::module_ microkernels = m.def_submodule("microkernels", "Single kernels of the lists, for tests.");
+  mnv4::test_access::define(microkernels);
 }

@@ -1,0 +1,251 @@
+// `_C.microkernels`: every row of the kernels' lists by name, and one call of it on the caller's memory, for tests.
+// Buffers are what Python hands over as such; their sizes are the caller's business, as they are in the engine.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu/features.h"
+#include "kernels/dwconv/dwconv.h"
+#include "kernels/gemm/gemm.h"
+#include "kernels/peak/peak.h"
+#include "kernels/pointwise/pointwise.h"
+
+namespace mnv4 {
+
+#define MNV4_GEMM_KERNEL(tier, input, output, name) extern const GemmKernel name;
+#include "kernels/gemm/gemm.inc"
+#undef MNV4_GEMM_KERNEL
+#define MNV4_DWCONV_KERNEL(tier, input, output, name) extern const DwconvKernel name;
+#include "kernels/dwconv/dwconv.inc"
+#undef MNV4_DWCONV_KERNEL
+#define MNV4_POINTWISE_KERNELS(tier, name) extern const PointwiseKernels name;
+#include "kernels/pointwise/pointwise.inc"
+#undef MNV4_POINTWISE_KERNELS
+#define MNV4_PEAK_KERNEL(tier, name, bf16) extern const PeakKernel name;
+#include "kernels/peak/peak.inc"
+#undef MNV4_PEAK_KERNEL
+
+namespace test_access {
+
+namespace py = pybind11;
+using cpu::Tier;
+
+template <class Kernel>
+struct Row {
+  Tier tier;
+  const char* listed_name;
+  const Kernel* kernel;
+};
+
+inline std::vector<Row<GemmKernel>> gemm_rows() {
+  return {
+#define MNV4_GEMM_KERNEL(tier, input, output, name) {tier, #name, &name},
+#include "kernels/gemm/gemm.inc"
+#undef MNV4_GEMM_KERNEL
+  };
+}
+
+inline std::vector<Row<DwconvKernel>> dwconv_rows() {
+  return {
+#define MNV4_DWCONV_KERNEL(tier, input, output, name) {tier, #name, &name},
+#include "kernels/dwconv/dwconv.inc"
+#undef MNV4_DWCONV_KERNEL
+  };
+}
+
+inline std::vector<Row<PointwiseKernels>> pointwise_rows() {
+  return {
+#define MNV4_POINTWISE_KERNELS(tier, name) {tier, #name, &name},
+#include "kernels/pointwise/pointwise.inc"
+#undef MNV4_POINTWISE_KERNELS
+  };
+}
+
+inline std::vector<Row<PeakKernel>> peak_rows() {
+  return {
+#define MNV4_PEAK_KERNEL(tier, name, bf16) {tier, #name, &name},
+#include "kernels/peak/peak.inc"
+#undef MNV4_PEAK_KERNEL
+  };
+}
+
+inline const char* storage_name(Storage type) {
+  return type == Storage::kFloat32 ? "float32" : type == Storage::kBfloat16 ? "bfloat16" : "float16";
+}
+
+inline Storage parse_storage(const std::string& name) {
+  for (Storage type : {Storage::kFloat32, Storage::kBfloat16, Storage::kFloat16}) {
+    if (name == storage_name(type)) return type;
+  }
+  throw py::value_error("`type` must be float32, bfloat16 or float16, got '" + name + "'");
+}
+
+inline Activation activation(const std::string& name) {
+  Activation act;
+  if (!parse_activation(name.c_str(), &act)) throw py::value_error("`act` is no activation: '" + name + "'");
+  return act;
+}
+
+// The row of that name, refused where this processor would fault.
+template <class Kernel>
+const Kernel& find(const std::vector<Row<Kernel>>& rows, const std::string& name) {
+  for (const Row<Kernel>& row : rows) {
+    if (name != row.listed_name) continue;
+    if (row.tier > cpu::detected_tier()) throw py::value_error("this processor can't run " + name);
+    return *row.kernel;
+  }
+  throw py::value_error("no kernel is called '" + name + "'");
+}
+
+// What a row says of itself: the name that is listed, the one in its table, its tier, and its types if it has any.
+template <class Kernel>
+py::dict facts(const Row<Kernel>& row) {
+  py::dict found;
+  found["listed_name"] = row.listed_name;
+  found["name"] = row.kernel->name;
+  found["tier"] = cpu::tier_name(row.tier);
+  if constexpr (requires { row.kernel->input; }) {
+    found["input"] = storage_name(row.kernel->input);
+    found["output"] = storage_name(row.kernel->output);
+  }
+  if constexpr (requires { row.kernel->max_rows; }) {
+    found["max_rows"] = row.kernel->max_rows;
+    found["wide_rows"] = row.kernel->wide_rows;
+    found["wide_panels"] = row.kernel->wide_panels;
+  }
+  return found;
+}
+
+template <class Kernel>
+py::list all_facts(const std::vector<Row<Kernel>>& rows) {
+  py::list found;
+  for (const Row<Kernel>& row : rows) found.append(facts(row));
+  return found;
+}
+
+inline py::dict lists() {
+  py::dict found;
+  found["gemm"] = all_facts(gemm_rows());
+  found["dwconv"] = all_facts(dwconv_rows());
+  found["pointwise"] = all_facts(pointwise_rows());
+  found["peak"] = all_facts(peak_rows());
+  return found;
+}
+
+using Numbers = std::map<std::string, int64_t>;
+using OptionalBuffer = std::optional<py::buffer>;
+
+inline void* data(const py::buffer& buffer, bool writable = false) { return buffer.request(writable).ptr; }
+inline void* data(const OptionalBuffer& buffer) { return buffer ? data(*buffer) : nullptr; }
+
+// One tile. `variant` is an index of kRowStrides, or -1 for a wide tile of `rows` rows.
+inline void run_gemm_tile(const std::string& name, const Numbers& n, const std::vector<ptrdiff_t>& segments,
+                          const std::string& act, const py::buffer& a, const py::buffer& b, const py::buffer& bias,
+                          const OptionalBuffer& gamma, const OptionalBuffer& residual, const py::buffer& c,
+                          const py::buffer& partial) {
+  const GemmKernel& kernel = find(gemm_rows(), name);
+  GemmTile tile{};
+  tile.a = data(a);
+  tile.a_row = n.at("a_row");
+  tile.segment = segments.data();
+  tile.segments = static_cast<int64_t>(segments.size());
+  tile.segment_length = n.at("segment_length");
+  tile.b = data(b);
+  tile.b_panel = n.at("b_panel");
+  tile.bias = static_cast<const float*>(data(bias));
+  tile.gamma = static_cast<const float*>(data(gamma));
+  tile.residual = data(residual);
+  tile.residual_row = n.at("residual_row");
+  tile.c = data(c, true);
+  tile.c_row = n.at("c_row");
+  tile.columns = static_cast<int>(n.at("columns"));
+  tile.act = activation(act);
+  tile.first = n.at("first") != 0;
+  tile.last = n.at("last") != 0;
+  tile.partial = static_cast<float*>(data(partial, true));
+  const int64_t variant = n.at("variant");
+  const int64_t rows = n.at("rows");
+  if (rows < 1 || rows > (variant < 0 ? kernel.wide_rows : kernel.max_rows) || variant >= kRowVariants) {
+    throw py::value_error("no tile of " + name + " has that many rows");
+  }
+  (variant < 0 ? kernel.wide : kernel.tile[variant])[rows](tile);
+}
+
+inline void run_dwconv(const std::string& name, const Numbers& n, const std::string& act, const py::buffer& x,
+                       const py::buffer& weight, const py::buffer& bias, const py::buffer& y) {
+  const DwconvKernel& kernel = find(dwconv_rows(), name);
+  const auto small = [&](const char* key) { return static_cast<int>(n.at(key)); };
+  DwconvArgs args{};
+  args.x = data(x);
+  args.x_row = n.at("x_row");
+  args.x_pixel = n.at("x_pixel");
+  args.height = n.at("height");
+  args.width = n.at("width");
+  args.y = data(y, true);
+  args.y_row = n.at("y_row");
+  args.y_pixel = n.at("y_pixel");
+  args.out_height = n.at("out_height");
+  args.out_width = n.at("out_width");
+  args.weight = static_cast<const float*>(data(weight));
+  args.bias = static_cast<const float*>(data(bias));
+  args.channels = n.at("channels");
+  args.kernel_h = small("kernel_h");
+  args.kernel_w = small("kernel_w");
+  args.stride_h = small("stride_h");
+  args.stride_w = small("stride_w");
+  args.pad_top = small("pad_top");
+  args.pad_left = small("pad_left");
+  args.dilation_h = small("dilation_h");
+  args.dilation_w = small("dilation_w");
+  args.act = activation(act);
+  kernel.run(args, n.at("row_begin"), n.at("row_end"), n.at("channel_begin"), n.at("channel_end"));
+}
+
+inline void define(py::module_& m) {
+  m.def("lists", &lists, "Every family's list, best kernel first: what each row says of itself.");
+  m.def(
+      "row_strides", [] { return std::vector<ptrdiff_t>(kRowStrides, kRowStrides + kRowVariants); },
+      "Row strides that GEMM tiles are compiled for; the first stands for any other.");
+  m.def("gemm_tile", &run_gemm_tile, py::arg("name"), py::arg("numbers"), py::arg("segments"), py::arg("act"),
+        py::arg("a"), py::arg("b"), py::arg("bias"), py::arg("gamma"), py::arg("residual"), py::arg("c"),
+        py::arg("partial"), "One GemmTile of kernel `name`; `numbers` are its fields, `rows` and `variant`.");
+  m.def("dwconv", &run_dwconv, py::arg("name"), py::arg("numbers"), py::arg("act"), py::arg("x"), py::arg("weight"),
+        py::arg("bias"), py::arg("y"), "Rows and channels of a depthwise convolution by kernel `name`.");
+  m.def(
+      "convert",
+      [](const std::string& name, const std::string& type, bool widen, const py::buffer& x, const py::buffer& y,
+         int64_t n) {
+        const PointwiseKernels& kernels = find(pointwise_rows(), name);
+        const Storage storage = parse_storage(type);
+        if (widen) return kernels.widen(data(x), storage, static_cast<float*>(data(y, true)), n);
+        return kernels.narrow(static_cast<const float*>(data(x)), storage, data(y, true), n);
+      },
+      py::arg("name"), py::arg("type"), py::arg("widen"), py::arg("x"), py::arg("y"), py::arg("n"),
+      "`n` numbers from `type` to float32, or back.");
+  m.def(
+      "mean_pixels",
+      [](const std::string& name, const py::buffer& x, int64_t pixels, int64_t x_pixel, int64_t channels,
+         const py::buffer& y) {
+        find(pointwise_rows(), name)
+            .mean_pixels(static_cast<const float*>(data(x)), pixels, x_pixel, channels,
+                         static_cast<float*>(data(y, true)));
+      },
+      py::arg("name"), py::arg("x"), py::arg("pixels"), py::arg("x_pixel"), py::arg("channels"), py::arg("y"),
+      "Mean over pixels [pixels][channels].");
+  m.def(
+      "softmax_rows",
+      [](const std::string& name, const py::buffer& x, int64_t rows, int64_t columns, int64_t x_row, float scale) {
+        find(pointwise_rows(), name).softmax_rows(static_cast<float*>(data(x, true)), rows, columns, x_row, scale);
+      },
+      py::arg("name"), py::arg("x"), py::arg("rows"), py::arg("columns"), py::arg("x_row"), py::arg("scale"),
+      "softmax(scale * x), row by row, in place.");
+}
+
+}  // namespace test_access
+}  // namespace mnv4
