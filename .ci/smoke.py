@@ -7,6 +7,7 @@ import torch
 from mnv4_kernels.backends import native
 from mnv4_kernels.environment import OPS
 from mnv4_kernels.ops._contract import REFERENCES
+from mnv4_kernels.ops.support import backends_of
 from mnv4_kernels.testing.tiers import forced_tier, tiers
 
 
@@ -35,14 +36,14 @@ def cases() -> dict[str, list[torch.Tensor | object]]:
 def main() -> None:
     """Raises on the first difference."""
     assert native.available(), native.reasons()
-    assert set(cases()) == set(OPS)
+    assert set(cases()) == {op for op in OPS if "cpp" in [row.name for row in backends_of(op)]}
     for tier in tiers():
         with forced_tier(tier):
             for name, arguments in cases().items():
                 assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mnv4_kernels::{name}", "CPU"), name
                 result = getattr(torch.ops.mnv4_kernels, name)(*arguments)
                 torch.testing.assert_close(result, REFERENCES[name](*arguments), rtol=1e-4, atol=1e-4)
-    print(f"torch {torch.__version__}: {len(OPS)} ops agree in {', '.join(tiers())}")
+    print(f"torch {torch.__version__}: {len(cases())} ops agree in {', '.join(tiers())}")
 
 
 if __name__ == "__main__":

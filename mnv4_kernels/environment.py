@@ -14,11 +14,22 @@ from typing import Any
 DISABLE = "MNV4_KERNELS_DISABLE"
 
 #: ops that have a switch of their own
-OPS = ("conv_bn_act", "dwconv_bn_act", "head", "kv_downsample", "mqa", "pwconv_bn_act")
+OPS = (
+    "conv_bn_act",
+    "conv_pwconv",
+    "dwconv_bn_act",
+    "dwconv_pwconv",
+    "head",
+    "kv_downsample",
+    "mqa",
+    "mqa_projected",
+    "pwconv_bn_act",
+    "uib",
+)
 
 #: name -> what it does; a test compares this table with what the sources read
 VARIABLES: dict[str, str] = {
-    DISABLE: "1: patched models run timm's own path everywhere, and `functional` runs the torch-only references",
+    DISABLE: "1: patched models run timm's own path everywhere; `functional` and CUDA calls of ops run the references",
     **{f"{DISABLE}_{op.upper()}": f"1: the same for what needs `{op}` only" for op in OPS},
     "MNV4_KERNELS_TIER": "the highest instruction-set tier that the C++ kernels may use; read when the library loads",
     "MNV4_KERNELS_TUNED": "a file of launch configurations for the GPU kernels, used before the shipped ones",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 
-from mnv4_kernels import environment, testing
-from mnv4_kernels.backends import native
+from mnv4_kernels import environment, functional, testing
+from mnv4_kernels.backends import cuda, native
+from mnv4_kernels.ops._contract import REFERENCES
 from mnv4_kernels.ops.support import REFERENCE, Backend, backends_of, choose, library_reasons
 from mnv4_kernels.testing import CASES
 
@@ -64,7 +67,33 @@ def test_every_tensor_is_looked_at_and_absent_ones_are_not() -> None:
 
 
 def test_every_op_has_a_switch() -> None:
-    assert tuple(OPS) == environment.OPS
+    assert tuple(sorted(set(REFERENCES) - {"prepack"})) == environment.OPS
+
+
+@pytest.mark.parametrize("op", environment.OPS)
+def test_every_op_has_a_triton_kernel_that_says_why_it_does_not_run(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = next(row for row in backends_of(op) if row.name == "triton")
+    x, wide = torch.ones(1, 8, 2, 2), torch.ones(1, 4, 4)
+    reasons = row.reasons(x, *[wide] * 8)
+    assert reasons == [*cuda.reasons(), "the tensors are on cpu; the Triton kernels run on cuda"]
+    monkeypatch.setenv(environment.switch_of(op), "1")
+    assert row.reasons(x, *[wide] * 8) == [f"turned off by {environment.switch_of(op)}=1", *reasons]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("op", environment.OPS)
+def test_every_op_is_registered_for_cuda(op: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mnv4_kernels::{op}", "CUDA")
+
+
+def test_a_compiled_graph_asks_every_backend_without_a_break() -> None:
+    query, key, value, heads, scale = FIRST["mqa"].arguments(torch.float64)
+
+    def attention(query: torch.Tensor) -> torch.Tensor:
+        return functional.mqa(query, key, value, heads=heads, scale=scale)
+
+    compiled = torch.compile(attention, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(query), attention(query))
 
 
 def test_no_tier_is_unknown_to_the_tests() -> None:

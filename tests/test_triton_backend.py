@@ -14,11 +14,6 @@ from mnv4_kernels.ops._contract import REFERENCES
 
 
 def test_every_op_with_a_kernel_has_a_contract_and_a_reference() -> None:
-    import mnv4_kernels.ops.conv_pwconv
-    import mnv4_kernels.ops.dwconv_pwconv
-    import mnv4_kernels.ops.mqa_projected
-    import mnv4_kernels.ops.uib  # noqa: F401
-
     assert set(cuda.KERNELS) <= set(REFERENCES)
 
 
@@ -51,9 +46,9 @@ def test_without_triton_nothing_is_registered(monkeypatch: pytest.MonkeyPatch) -
     library = torch.library.Library("mnv4_no_triton_test", "DEF")
     library.define("mqa(Tensor query, Tensor key, Tensor value, int heads, float scale) -> Tensor")
     assert cuda.register(library, {"mqa": REFERENCES["mqa"]}) == []
-    cuda.reasons.cache_clear()
+    cuda.found_reasons.cache_clear()
     assert "Triton is not installed" in cuda.reasons()
-    cuda.reasons.cache_clear()
+    cuda.found_reasons.cache_clear()
 
 
 def _attention(depth: int, dtype: torch.dtype = torch.float32) -> tuple[object, ...]:
@@ -82,6 +77,25 @@ def test_a_row_of_an_ops_list_of_backends_names_the_device_and_the_process() -> 
     assert "the tensors are on cpu; the Triton kernels run on cuda" in reasons
     assert any("not for torch.float64" in reason for reason in reasons)
     assert set(cuda.reasons()) <= set(reasons)
+
+
+def test_a_switch_gives_cuda_calls_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "reasons", tuple)
+    monkeypatch.setattr(cuda, "kernel", lambda op: lambda *arguments: f"kernel of {op}")
+    run = cuda.implementation("mqa", REFERENCES["mqa"])
+    assert run(*_attention(64)) == "kernel of mqa"
+    arguments = _attention(64)
+    for name in ("MNV4_KERNELS_DISABLE", "MNV4_KERNELS_DISABLE_MQA"):
+        with monkeypatch.context() as switched:
+            switched.setenv(name, "1")
+            assert torch.equal(run(*arguments), REFERENCES["mqa"](*arguments))
+
+
+def test_a_device_that_is_too_old_gets_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "reasons", lambda: ("the CUDA device is older than compute capability 8.0",))
+    arguments = _attention(64)
+    run = cuda.implementation("mqa", REFERENCES["mqa"])
+    assert torch.equal(run(*arguments), REFERENCES["mqa"](*arguments))
 
 
 def test_declined_arguments_get_the_reference() -> None:

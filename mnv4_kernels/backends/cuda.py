@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 
+from .. import environment
+from .tracing import constant_in_graphs
+
 #: op -> the module, below `mnv4_kernels.ops`, that implements it
 KERNELS = {
     "conv_bn_act": "conv_bn_act.triton_conv_bn_act",
@@ -41,9 +44,16 @@ MAX_DEPTH = {"kv_downsample": 256, "mqa": 128, "mqa_projected": 128}
 _OPS_PACKAGE = f"{__package__.rpartition('.')[0]}.ops"
 
 
-@functools.cache
+@constant_in_graphs
 def reasons() -> tuple[str, ...]:
     """Why no Triton kernel can run in this process, in sentences; empty if one can. Imports nothing."""
+    # in two functions, since torch.compile warns of a cached one that it can see
+    return found_reasons()
+
+
+@functools.cache
+def found_reasons() -> tuple[str, ...]:
+    """The same, looked for."""
     found = []
     if importlib.util.find_spec("triton") is None:
         found.append("Triton is not installed")
@@ -91,10 +101,11 @@ def kernel(op: str) -> Callable[..., Any]:
 
 
 def implementation(op: str, reference: Callable[..., Any]) -> Callable[..., Any]:
-    """What the dispatcher calls for CUDA tensors: the kernel, or the reference where the kernel declines."""
+    """What the dispatcher calls for CUDA tensors: the kernel, or the reference where it declines or is turned off."""
+    switches = environment.Switches([op])
 
     def run(*arguments: Any) -> Any:
-        if unsupported(op, arguments):
+        if reasons() or switches.obstacle() or unsupported(op, arguments):
             return reference(*arguments)
         return kernel(op)(*arguments)
 

@@ -8,6 +8,7 @@ and test skips. The torch-only reference stands behind every list and takes anyt
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import environment
-from ..backends import native
+from ..backends import cuda, native
 from ..backends.tracing import constant_in_graphs
 
 #: Answers where no backend can.
@@ -61,10 +62,26 @@ _SWITCHES = {op: environment.Switches([op]) for op in environment.OPS}
 
 
 @constant_in_graphs
-def library_reasons(op: str) -> list[str]:
-    """Why the C++ library doesn't serve `op` in this process; read once per graph under `torch.compile`."""
+def switch_reasons(op: str) -> list[str]:
+    """Which switch turns `op` off; read once per graph under `torch.compile`, as are all reasons of the process."""
     switched_off = _SWITCHES[op].obstacle()
-    return [switched_off, *native.reasons()] if switched_off else native.reasons()
+    return [switched_off] if switched_off else []
+
+
+@constant_in_graphs
+def library_reasons(op: str) -> list[str]:
+    """Why the C++ library doesn't serve `op` in this process."""
+    return [*switch_reasons(op), *native.reasons()]
+
+
+def triton(op: str) -> Backend:
+    """The row of `op`'s Triton kernel."""
+    return Backend("triton", functools.partial(triton_reasons, op))
+
+
+def triton_reasons(op: str, *arguments: Any) -> list[str]:
+    """Why the Triton kernel of `op` can't run this call; empty list: it can."""
+    return [*switch_reasons(op), *cuda.reasons_for(op, *arguments)]
 
 
 def tensor_reasons(**tensors: torch.Tensor | None) -> list[str]:

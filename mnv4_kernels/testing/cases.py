@@ -1,4 +1,4 @@
-"""Calls of every op: chosen shapes, laid out and typed on demand, always from a seed.
+"""Calls of every op that has a C++ kernel: chosen shapes, laid out and typed on demand, always from a seed.
 
 A `Case` is an op and its geometry; `arguments` draws the tensors. Batch-norm statistics and
 layer scales are spread out, since values near 0 and 1 hide errors.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..support import Backend, library_reasons, tensor_reasons
+from ..support import Backend, library_reasons, tensor_reasons, triton
 
 
 def supports(
@@ -19,4 +19,4 @@ def supports(
     return [*library_reasons("mqa"), *tensors]
 
 
-BACKENDS = (Backend("cpp", supports),)
+BACKENDS = (Backend("cpp", supports), triton("mqa"))
