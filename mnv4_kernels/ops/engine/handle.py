@@ -11,7 +11,9 @@ from .programs import forget, remember
 
 
 class Engine:
-    """Packs `program` [nodes, fields] int64 and its float32 `arrays`, in `bfloat16` where it multiplies; freed with the last reference.
+    """Packs `program` [nodes, fields] int64 and its float32 `arrays`; freed with the last reference.
+
+    With `bfloat16` it multiplies in bfloat16 where the processor does.
 
     Attributes:
         handle: what `engine_run` takes; no two engines of a process have the same.
