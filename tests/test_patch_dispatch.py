@@ -366,10 +366,13 @@ class TestSwitches:
         with torch.no_grad():
             eager, exact = model(images()), double_of(model)(images().double())
             mk.patch(model)
-            before = ops_called(lambda: model(images()))
+            before = ops_called(lambda: model.forward_head(model.forward_features(images())))
+            assert "engine_run" in ops_called(lambda: model(images()))
             monkeypatch.setenv(environment.switch_of(op), "1")
-            called = ops_called(lambda: model(images()))
+            called = ops_called(lambda: model.forward_head(model.forward_features(images())))
             assert op not in called
+            # a program computes what it is made of: it is off with any of its ops
+            assert ("engine_run" in ops_called(lambda: model(images()))) is (op not in before)
             # attention runs as a whole or not at all
             together = {"mqa", "kv_downsample"} if op in ("mqa", "kv_downsample", "pwconv_bn_act") else {op}
             assert set(before) - together - {op} <= set(called)

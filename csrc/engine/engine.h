@@ -27,7 +27,9 @@ class Engine {
   // Shapes of the outputs for an input of `shape`.
   std::vector<Shape> output_shapes(const Shape& shape, int64_t workers, int64_t tag);
 
-  // Thread-safe. Input strides in floats; outputs dense NCHW.
+  int64_t channels() const { return program_.nodes.front().channels; }
+
+  // Thread-safe; `shape` has channels() channels. Input strides in floats; outputs dense NCHW.
   void run(const Shape& shape, const Input& input, const std::vector<float*>& outputs, int64_t workers, int64_t tag,
            const ParallelRegion& parallel);
 

@@ -23,12 +23,13 @@ inline constexpr const char* kPadModeNames[] = {"explicit", "same", "reflect"};
 //   conv, depthwise, pointwise, linear: weight, bias
 //   attention: norm scale, norm shift, query, query bias, key down, key shift, key, key bias, value down, value shift,
 //              value, value bias, output, output bias; the down arrays are empty where K/V is not downsampled
-#define MNV4_ENGINE_FIELDS(FIELD)                                                                               \
-  FIELD(kind)                                                                                                   \
-  FIELD(input)                                                                                                  \
-  FIELD(residual) FIELD(weight) FIELD(channels) FIELD(kernel_h) FIELD(kernel_w) FIELD(stride_h) FIELD(stride_w) \
-      FIELD(pad_top) FIELD(pad_bottom) FIELD(pad_left) FIELD(pad_right) FIELD(pad_mode) FIELD(dilation_h)       \
-          FIELD(dilation_w) FIELD(act) FIELD(heads) FIELD(key_dim) FIELD(value_dim)
+#define MNV4_ENGINE_FIELDS(FIELD)                                                                              \
+  FIELD(kind)                                                                                                  \
+  FIELD(input)                                                                                                 \
+  FIELD(residual)                                                                                              \
+  FIELD(weight) FIELD(channels) FIELD(kernel_h) FIELD(kernel_w) FIELD(stride_h) FIELD(stride_w) FIELD(pad_top) \
+      FIELD(pad_bottom) FIELD(pad_left) FIELD(pad_right) FIELD(pad_mode) FIELD(dilation_h) FIELD(dilation_w)   \
+          FIELD(act) FIELD(heads) FIELD(key_dim) FIELD(value_dim)
 
 struct Node {
 #define MNV4_ENGINE_FIELD(name) int64_t name = 0;

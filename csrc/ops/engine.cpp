@@ -57,7 +57,7 @@ int64_t engine_create(Tensor program, std::vector<Tensor> arrays, bool bfloat16)
   std::string error;
   built.nodes = engine::decode(static_cast<const int64_t*>(program.const_data_ptr()), program.size(0),
                                static_cast<int64_t>(arrays.size()), &error);
-  STD_TORCH_CHECK(error.empty(), error);
+  STD_TORCH_CHECK(error.empty() && !built.nodes.empty(), error.empty() ? "`program` must have nodes" : error);
   // without the instruction the caller's rounded weights are multiplied in float32
   const Storage compute = bfloat16 && gemm_has_bfloat16() ? Storage::kBfloat16 : Storage::kFloat32;
   return registry().add(std::make_shared<engine::Engine>(built, compute));
@@ -69,8 +69,9 @@ struct Source {
   engine::Input input;
   OptionalTensor storage;
 
-  explicit Source(const Tensor& x) {
+  Source(const Tensor& x, const engine::Engine& engine) {
     MNV4_CHECK_SHAPE(x.dim() == 4, x, "x", "have four dimensions [N, C, H, W]");
+    MNV4_CHECK_SHAPE(x.size(1) == engine.channels(), x, "x", "have ", engine.channels(), " channels [N, C, H, W]");
     shape = {x.size(0), x.size(1), x.size(2), x.size(3)};
     if (storage_of(x, "x") == Storage::kFloat32 && conv_is_planar(x.size(1))) {
       input = {
@@ -90,7 +91,7 @@ void parallel_region(int64_t workers, const std::function<void(int64_t, int64_t)
 
 std::vector<Tensor> engine_run(int64_t handle, Tensor x, int64_t tag) {
   const std::shared_ptr<engine::Engine> engine = registry().find(handle);
-  const Source source(x);
+  const Source source(x, *engine);
   const int64_t workers = torch::stable::get_num_threads();
   std::vector<Tensor> results;
   std::vector<float*> outputs;
@@ -107,7 +108,7 @@ std::vector<Tensor> engine_run(int64_t handle, Tensor x, int64_t tag) {
 // (seconds [repeats, steps] float64, node of each step [steps] int64, parts of the steps joined by ';')
 std::tuple<Tensor, Tensor, std::string> engine_profile(int64_t handle, Tensor x, int64_t tag, int64_t repeats) {
   const std::shared_ptr<engine::Engine> engine = registry().find(handle);
-  const Source source(x);
+  const Source source(x, *engine);
   const int64_t workers = torch::stable::get_num_threads();
   const engine::Engine::Profile profile =
       engine->profile(source.shape, source.input, workers, tag, repeats, parallel_region);

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from ..backends import native
+from ..modules.program import FEATURES, RESULT
 from ..ops.engine import Engine, engine_run
-from .program import FEATURES, RESULT
 
 #: What weights are stored in and inputs may be.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

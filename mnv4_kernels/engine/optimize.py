@@ -11,9 +11,9 @@ from torch import nn
 from ..backends import native
 from ..modules.dropin import DropIn
 from ..modules.network import HEAD, STEM
+from ..modules.program import FEATURES, RESULT, ProgramBuilder, UnsupportedError
 from ..modules.steps import Own
 from .network import DTYPES, OptimizedNetwork, OptimizeError, ProgramPart, TimmPart
-from .program import FEATURES, RESULT, ProgramBuilder, UnsupportedError
 
 
 def optimize(model: nn.Module, dtype: torch.dtype = torch.float32, *, strict: bool = False) -> OptimizedNetwork:
@@ -98,7 +98,7 @@ class _Assembly:
             if not isinstance(owner, DropIn):
                 raise UnsupportedError(f"{type(owner).__name__} is no block that the engine knows")
             body = owner._mnv4_body(key)
-            self.node = self._program().body(body, self.node)
+            self.node = self._program().steps(body.steps, self.node, residual=body.residual)
         except UnsupportedError as reason:
             self._fall_back(name, owner, str(reason))
         self.channels = _channels_after(owner, key, self.channels)
@@ -127,7 +127,7 @@ class _Assembly:
         if any(isinstance(step, Own) for step in body.steps):
             reasons = "; ".join(step.reason for step in body.steps if isinstance(step, Own))
             raise OptimizeError(f"`head` has no place in a program: {reasons}")
-        self.node = builder.body(body, self.node)
+        self.node = builder.steps(body.steps, self.node, residual=body.residual)
         builder.output(self.node, RESULT)
 
     def _close(self, final: bool) -> None:

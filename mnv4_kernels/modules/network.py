@@ -19,6 +19,7 @@ from .head import head_steps
 from .plan import Body
 from .section import Section, sections
 from .steps import Own, Step, convolution
+from .whole import Whole
 
 STEM = "stem"
 HEAD = "head"
@@ -58,10 +59,11 @@ def whole_body(network: nn.Module) -> Body:
     inner: Any = sections("blocks", network._modules["blocks"])  # type: ignore[arg-type]
     steps: list[Step] = [*stem.steps, *inner, *head.steps]
     own = [step for step in steps if isinstance(step, Own)]
+    whole = [Whole("network", tuple(step for step in steps if not isinstance(step, Own)))]
     bodies = [stem, head, *(step.body for step in inner if isinstance(step, Section))]
     settings = [setting for body in bodies for setting in body.settings]
     bypassed = [module for module in network.modules() if module is not network]
-    return Body(network, own or steps, bypassed=bypassed, settings=settings)
+    return Body(network, own or whole, bypassed=bypassed, settings=settings)
 
 
 class _Network(DropIn):

@@ -61,7 +61,7 @@ class Body:
 class Plan:
     """A body made ready: folded, packed, and watched for changes."""
 
-    __slots__ = ("_differentiable", "body", "call", "dtype", "obstacle", "switches", "watch")
+    __slots__ = ("_call", "_differentiable", "body", "dtype", "obstacle", "switches", "watch")
 
     def __init__(self, body: Body) -> None:
         self.body = body
@@ -71,15 +71,23 @@ class Plan:
         self.dtype = None if self.obstacle else _dtype_of(body.fused)
         # a module of timm's, called again in the backward, might by then be in another mode
         self._differentiable = not body.own
-        #: the block's result, under whatever guards the caller has; None where there is an `obstacle`
-        self.call = None if self.obstacle else ready(body)
+        self._call: Run | None = None
+
+    @property
+    def call(self) -> Run:
+        """The block's result, under whatever guards the caller has; only where there is no `obstacle`.
+
+        Folded and packed at the first use: a plan that is looked at may never run.
+        """
+        if self._call is None:
+            self._call = ready(self.body)
+        return self._call
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
         """The block's result, without an autograd graph; only where there is no `obstacle`.
 
         The ops' Python autograd kernels are skipped: there is nothing for them to record.
         """
-        assert self.call is not None
         if not self._differentiable:
             return self.call(x)
         with torch._C._AutoDispatchBelowAutograd():

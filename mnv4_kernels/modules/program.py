@@ -10,12 +10,11 @@ import torch
 from torch import nn
 
 from ..backends import native
-from ..modules import folding, leaves
-from ..modules.attention import MultiQuery
-from ..modules.head import Head
-from ..modules.plan import Body
-from ..modules.steps import Convolution, Own
 from ..ops.activation import ACTIVATIONS
+from . import folding, leaves
+from .attention import MultiQuery
+from .head import Head
+from .steps import Convolution, Own, Step
 
 #: Tags of a program's outputs: a run asks for those of one tag.
 RESULT = 0
@@ -85,21 +84,20 @@ class ProgramBuilder:
         """Hands out node `source` to runs that ask for `tag`."""
         return self._add("output", source, channels=tag)
 
-    def body(self, body: Body, source: int) -> int:
+    def steps(self, steps: Sequence[Step], source: int, *, residual: bool = False) -> int:
         """The nodes of a block; raises `UnsupportedError` before adding any."""
-        for step in body.steps:
+        for step in steps:
             reason = _obstacle(step)
             if reason:
                 raise UnsupportedError(reason)
-        if not body.steps:
+        if not steps:
             return source
-        last = body.steps[-1]
-        if body.residual and not (isinstance(last, Convolution | MultiQuery) and last.takes_residual):
+        last = steps[-1]
+        if residual and not (isinstance(last, Convolution | MultiQuery) and last.takes_residual):
             raise UnsupportedError("a skip around a block that ends in no projection")
         node = source
-        for step in body.steps:
-            residual = source if body.residual and step is last else -1
-            node = self._step(step, node, residual)
+        for step in steps:
+            node = self._step(step, node, source if residual and step is last else -1)
         return node
 
     def _step(self, step: Any, source: int, residual: int) -> int:

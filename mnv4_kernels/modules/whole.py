@@ -1,0 +1,92 @@
+"""A network without a piece of timm's own as one step: one program of the engine, in one call.
+
+Op by op, a batch's activations pass through memory between any two of them, and each
+call costs microseconds; the engine keeps what it can in cache, in one parallel region.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..backends import native
+from ..ops.engine import Engine, engine_run
+from .program import RESULT, ProgramBuilder, UnsupportedError
+from .section import Section
+from .steps import Call, Convolution, Fused
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """Stem, blocks and head of a network all of whose pieces are ops."""
+
+    name: str
+    parts: tuple[Fused, ...]
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """The ops whose switches hold for the network."""
+        return tuple(op for part in self.parts for op in part.ops)
+
+    @property
+    def takes_residual(self) -> bool:
+        """A network has no skip."""
+        return False
+
+    def modules(self) -> list[nn.Module]:
+        """The modules that the program stands in for."""
+        return [module for part in self.parts for module in part.modules()]
+
+    def tensors(self) -> list[torch.Tensor | None]:
+        """Those of its parts, in order."""
+        return [tensor for part in self.parts for tensor in part.tensors()]
+
+    def formula(self, x: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        """What timm computes in eval mode, in plain differentiable torch, over `tensors()`."""
+        y, start = x, 0
+        for part in self.parts:
+            end = start + len(part.tensors())
+            y = part.formula(y, tensors[start:end])
+            start = end
+        return y
+
+    def prepare(self) -> Call:
+        """The program's call; the parts' own, one after the other, where the engine can't take them."""
+        return self._program() or self._calls()
+
+    def _program(self) -> Call | None:
+        stem = self.parts[0]
+        if not native.available() or not isinstance(stem, Convolution):
+            return None
+        dtype = stem.conv.weight.dtype
+        builder = ProgramBuilder(stem.conv.in_channels, dtype)
+        node = 0
+        try:
+            for part in self.parts:
+                if isinstance(part, Section):
+                    node = builder.steps(part.body.steps, node, residual=part.body.residual)
+                else:
+                    node = builder.steps([part], node)
+        except UnsupportedError:
+            return None
+        builder.output(node, RESULT)
+        engine = Engine(*builder.finish(), dtype == torch.bfloat16)
+
+        def call(x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = engine_run(engine.handle, x, RESULT)[0]
+            return y.to(x.dtype)
+
+        return call
+
+    def _calls(self) -> Call:
+        calls = [part.prepare() for part in self.parts]
+
+        def call(x: torch.Tensor) -> torch.Tensor:
+            for each in calls:
+                x = each(x)
+            return x
+
+        return call
