@@ -366,6 +366,7 @@ class TestSwitches:
         with torch.no_grad():
             eager, exact = model(images()), double_of(model)(images().double())
             mk.patch(model)
+            model.forward_head(model.forward_features(images()))
             before = ops_called(lambda: model.forward_head(model.forward_features(images())))
             assert "engine_run" in ops_called(lambda: model(images()))
             monkeypatch.setenv(environment.switch_of(op), "1")

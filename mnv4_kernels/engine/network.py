@@ -30,7 +30,7 @@ class ProgramPart(nn.Module):
 
     def __init__(self, program: torch.Tensor, arrays: list[torch.Tensor], bfloat16: bool) -> None:
         super().__init__()
-        self.bfloat16 = bfloat16
+        self.in_bfloat16 = bfloat16
         self.program = program
         self.arrays = arrays
         self._start()
@@ -38,7 +38,7 @@ class ProgramPart(nn.Module):
     def _start(self) -> None:
         if not native.available():
             raise OptimizeError("the engine needs the C++ library: " + "; ".join(native.reasons()))
-        self._engine = Engine(self.program, self.arrays, self.bfloat16)
+        self._engine = Engine(self.program, self.arrays, self.in_bfloat16)
         # torch.compile guards on a module's plain integer, so that compiled code meets no other engine
         self._handle = self._engine.handle
 
