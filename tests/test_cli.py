@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from mnv4_kernels import environment
-from mnv4_kernels.backends import native
-from mnv4_kernels.cli import main
+from mnv4_kernels.backends import cuda, native
+from mnv4_kernels.cli import main, parser, tune
+from mnv4_kernels.cli.arguments import cases_of
 from mnv4_kernels.cli.console import plain_table, progress
+from mnv4_kernels.ops.gpu import tune as gpu_tune
 
 pytest.importorskip("timm")
 
@@ -80,6 +82,42 @@ class TestVerify:
         printed = capsys.readouterr().out
         assert "conv_small_035 64px batch 1" in printed
         assert "conv_small_035 64px batch 2" in printed
+
+
+class TestTune:
+    def test_without_a_gpu_it_says_what_is_missing(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr(cuda, "reasons", lambda: ("there is no CUDA device",))
+        assert main(["tune", *SMALL, "--out", str(tmp_path / "own.json")]) == 2
+        assert "tuning needs a GPU that the Triton kernels run on: there is no CUDA device" in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
+
+    def test_it_times_the_ops_that_a_patched_model_calls(self) -> None:
+        (case,) = cases_of(parser().parse_args(["tune", "hybrid_medium", "--size", "64", "--out", "own.json"]))
+        recorded = {op for op, _ in tune.calls_of(case)}
+        assert recorded == {"conv_bn_act", "dwconv_bn_act", "head", "kv_downsample", "mqa", "pwconv_bn_act"}
+
+    def test_the_result_says_what_it_was_run_with_and_a_wrong_kernel_fails_it(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        def tuned(calls: list[Any], path: Path, **facts: Any) -> list[str]:
+            noted.append((path, facts["ceilings"], facts["command"]))
+            return failures
+
+        noted: list[Any] = []
+        failures: list[str] = ["a: out of resources"]
+        monkeypatch.setattr(cuda, "reasons", tuple)
+        monkeypatch.setattr(gpu_tune, "ceilings", lambda: (3000.0, 700.0))
+        monkeypatch.setattr(gpu_tune, "tune", tuned)
+        monkeypatch.setattr(tune, "on_gpu", list)
+        command = ["tune", *SMALL, "--out", str(tmp_path / "own.json")]
+        assert main(command) == 0
+        assert noted[0][:2] == (tmp_path / "own.json", (3000.0, 700.0))
+        assert "mnv4_kernels" in noted[0][2]
+        failures.append("b: another result than the heuristic's")
+        assert main(command) == 1
+        assert "b: another result" in capsys.readouterr().err
 
 
 def test_the_example_of_the_readme_runs() -> None:

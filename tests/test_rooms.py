@@ -130,8 +130,8 @@ def test_the_files_that_a_doc_names_exist(doc: str) -> None:
 
 def test_the_commands_of_the_readme_parse() -> None:
     text = (ROOT / "README.md").read_text().replace("\n", " ")
-    commands = re.findall(r"mnv4-kernels ((?:info|demo|verify|bench|run)\b[^`|]*)`", text)
-    assert {command.split()[0] for command in commands} == {"info", "demo", "verify", "bench", "run"}
+    commands = re.findall(r"mnv4-kernels ((?:info|demo|verify|bench|tune|run)\b[^`|]*)`", text)
+    assert {command.split()[0] for command in commands} == {"info", "demo", "verify", "bench", "tune", "run"}
     for command in commands:
         parser().parse_args(shlex.split(command.replace("...", "")))
 

@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import bench, demo, info, run, verify
+from . import bench, demo, info, run, tune, verify
 
-COMMANDS = {"info": info, "demo": demo, "verify": verify, "bench": bench, "run": run}
+COMMANDS = {"info": info, "demo": demo, "verify": verify, "bench": bench, "tune": tune, "run": run}
 
 
 def parser() -> argparse.ArgumentParser:

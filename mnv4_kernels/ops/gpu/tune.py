@@ -104,7 +104,7 @@ def _run(launches: list[Launch]) -> None:
         launch.run()
 
 
-def median_us(run: Callable[[], None], flush: torch.Tensor, repeats: int = 20) -> float:
+def median_us(run: Callable[[], object], flush: torch.Tensor, repeats: int = 20) -> float:
     """Median microseconds of `run` with a cold L2, by CUDA events."""
     run()
     times = []
@@ -117,6 +117,18 @@ def median_us(run: Callable[[], None], flush: torch.Tensor, repeats: int = 20) -
         end.synchronize()
         times.append(begin.elapsed_time(end) * 1000)
     return statistics.median(times)
+
+
+def ceilings() -> tuple[float, float]:
+    """(copy GB/s, bfloat16 matrix product TFLOP/s) of this device, beside which a tuned file's times are read."""
+    flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+    source = torch.empty(2**30, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    copied = 2 * source.numel() / median_us(lambda: target.copy_(source), flush) / 1e3
+    side = 8192
+    a, b = (torch.randn(side, side, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    multiplied = 2 * side**3 / median_us(lambda: a @ b, flush) / 1e6
+    return round(copied, 1), round(multiplied, 1)
 
 
 def best(call: Call, key: str, first: Config, flush: torch.Tensor) -> tuple[Config, float, list[str]]:
