@@ -17,19 +17,18 @@ inline constexpr const char* kKindNames[] = {"input",     "conv", "depthwise", "
 enum class PadMode : int64_t { kExplicit, kSame, kReflect };
 inline constexpr const char* kPadModeNames[] = {"explicit", "same", "reflect"};
 
-// The node's fields in the row's order. A node's id is its row; `input` and `residual` are ids, -1 for none;
-// `weight` is the first of the node's arrays:
-// an output's `channels` is its tag: a run asks for the outputs of one tag.
+// The node's fields in the row's order. A node's id is its row; `input` and `residual` are ids, -1 for none. An
+// output's `channels` is its tag: a run asks for the outputs of one tag. `weight` is the first of the node's arrays:
 //   conv, depthwise, pointwise, linear: weight, bias
 //   attention: norm scale, norm shift, query, query bias, key down, key shift, key, key bias, value down, value shift,
 //              value, value bias, output, output bias; the down arrays are empty where K/V is not downsampled
-#define MNV4_ENGINE_FIELDS(FIELD)                                                                              \
-  FIELD(kind)                                                                                                  \
-  FIELD(input)                                                                                                 \
-  FIELD(residual)                                                                                              \
-  FIELD(weight) FIELD(channels) FIELD(kernel_h) FIELD(kernel_w) FIELD(stride_h) FIELD(stride_w) FIELD(pad_top) \
-      FIELD(pad_bottom) FIELD(pad_left) FIELD(pad_right) FIELD(pad_mode) FIELD(dilation_h) FIELD(dilation_w)   \
-          FIELD(act) FIELD(heads) FIELD(key_dim) FIELD(value_dim)
+// clang-format off
+#define MNV4_ENGINE_FIELDS(FIELD) \
+  FIELD(kind) FIELD(input) FIELD(residual) FIELD(weight) FIELD(channels) \
+  FIELD(kernel_h) FIELD(kernel_w) FIELD(stride_h) FIELD(stride_w) FIELD(pad_top) \
+  FIELD(pad_bottom) FIELD(pad_left) FIELD(pad_right) FIELD(pad_mode) FIELD(dilation_h) \
+  FIELD(dilation_w) FIELD(act) FIELD(heads) FIELD(key_dim) FIELD(value_dim)
+// clang-format on
 
 struct Node {
 #define MNV4_ENGINE_FIELD(name) int64_t name = 0;
