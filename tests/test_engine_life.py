@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import os
 import pickle
 import threading
@@ -314,6 +315,17 @@ class TestMemory:
         assert engine_bytes() > before + weights
         del fast
         assert engine_bytes() == before
+
+    def test_info_tells_what_engines_hold(self, capsys: pytest.CaptureFixture[str]) -> None:
+        from mnv4_kernels.cli import main
+
+        fast = mk.optimize(create(SMALL))
+        held = engine_bytes()
+        assert main(["info", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["engine_bytes"] == held
+        assert main(["info"]) == 0
+        assert f"{held / 1e6:.1f} MB" in capsys.readouterr().out
+        del fast
 
     def test_plans_of_many_shapes_are_bounded(self) -> None:
         fast = mk.optimize(create(SMALL))

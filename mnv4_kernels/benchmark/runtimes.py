@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..backends import native
+
 Run = Callable[[], torch.Tensor]
 Builder = Callable[[nn.Module, torch.Tensor, torch.dtype], Run]
 
@@ -38,15 +40,9 @@ class Runtime:
         reasons = [f"{', '.join(absent)} not installed"] if absent else []
         if dtype not in self.dtypes:
             reasons.append(f"no {str(dtype).removeprefix('torch.')} on the CPU")
-        if self.name == "ours optimized" and _optimize() is None:
-            reasons.append("this version has no optimize()")
+        if self.name == "ours optimized":
+            reasons += native.reasons()
         return reasons
-
-
-def _optimize() -> Callable[..., nn.Module] | None:
-    import mnv4_kernels
-
-    return getattr(mnv4_kernels, "optimize", None)
 
 
 def _eager(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> Run:
@@ -119,9 +115,9 @@ def _patched(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> Run:
 
 
 def _optimized(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> Run:
-    optimize = _optimize()
-    assert optimize is not None, "missing() was asked first"
-    fast, x = optimize(model, dtype=dtype), x.to(dtype)
+    import mnv4_kernels
+
+    fast, x = mnv4_kernels.optimize(model, dtype), x.to(dtype)
     return lambda: fast(x)
 
 

@@ -49,6 +49,7 @@ def collect() -> dict[str, Any]:
             "detected": library.detected_tier(),
             "active": library.active_tier(),
         }
+        facts["engine_bytes"] = library.engine_bytes()
     return facts
 
 
@@ -77,6 +78,7 @@ def _rows(facts: dict[str, Any]) -> list[list[str]]:
         rows.append(["tiers compiled", ", ".join(tiers["compiled"])])
         rows.append(["tier detected", tiers["detected"]])
         rows.append(["tier in use", tiers["active"]])
+        rows.append(["engines hold", f"{facts['engine_bytes'] / 1e6:.1f} MB"])
     else:
         rows.append(["C++ library", f"missing: {'; '.join(facts['extension_missing_because'])}"])
     return rows
