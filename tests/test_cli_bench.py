@@ -164,6 +164,17 @@ class TestMeasure:
         assert row.missing is not None
         assert row.missing.startswith("wrong: relative error ")
 
+    def test_workers_import_the_package_that_started_them(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        decoy = tmp_path / "mnv4_kernels"
+        decoy.mkdir()
+        (decoy / "__init__.py").write_text("raise ImportError('the working directory was imported')")
+        monkeypatch.chdir(tmp_path)
+        (row,) = measure(SMALL, [RUNTIMES[0]], rounds=1, seconds=0.0).rows
+        assert row.missing is None
+        assert row.rounds
+
     def test_a_worker_that_dies_is_reported(self) -> None:
         dead = Worker(SMALL)
         dead._process.kill()

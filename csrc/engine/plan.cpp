@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <stdexcept>
+#include <string>
 
 #include "engine/arena.h"
 
@@ -55,7 +57,7 @@ class Planner {
   Planes planes(int64_t id) const {
     const Shape& s = shape(id);
     Planes p{offsets_[static_cast<size_t>(id)], compute_, s.images, s.channels, s.height, s.width};
-    if (is_result(id)) p.type = Storage::kFloat32;
+    if (is_result(id) || feeds_rider(id)) p.type = Storage::kFloat32;
     return p;
   }
 
@@ -68,8 +70,25 @@ class Planner {
     return true;
   }
 
+  // A product that only the depthwise or the pool right behind it reads stays as it was summed, whether they run as one
+  // step, which depends on the number of workers, or as two: the same bits either way. Kernels add residuals of their
+  // output's type, so beside one in bfloat16 the sum can't stay in float32.
+  bool feeds_rider(int64_t id) const {
+    const auto next = static_cast<size_t>(id) + 1;
+    if (node(id).what() != Kind::kPointwise || next >= needed_.size() || !needed_[next]) return false;
+    const Node& rider = program_.nodes[next];
+    const bool rides = rider.what() == Kind::kDepthwise || rider.what() == Kind::kPool;
+    const bool same_type = compute_ == Storage::kFloat32 || node(id).residual < 0;
+    return rides && rider.input == id && reads_of(id) == 1 && same_type;
+  }
+
   static int64_t axis(int64_t size, int64_t kernel, int64_t stride, int64_t before, int64_t after, int64_t dilation) {
-    return (size + before + after - dilation * (kernel - 1) - 1) / stride + 1;
+    const int64_t reach = size + before + after - dilation * (kernel - 1) - 1;
+    if (reach < 0) {
+      throw std::invalid_argument("`x` must be large enough for the network: a kernel of " + std::to_string(kernel) +
+                                  " does not fit a map of " + std::to_string(size) + " pixels");
+    }
+    return reach / stride + 1;
   }
 
   // TF 'same': the output covers ceil(size / stride) steps, the odd pixel of padding goes behind
@@ -123,6 +142,7 @@ class Planner {
         case Kind::kPool:
           s.height = 1;
           s.width = 1;
+          s.vector = true;
           break;
         case Kind::kOutput:
           if (needed_[i]) plan_.outputs_.push_back(s);
@@ -178,11 +198,7 @@ class Planner {
   }
 
   // A pointwise result that only its rider reads never leaves the worker's cache.
-  // Kernels add residuals of their output's type: beside one in bfloat16 the sum can't stay in float32.
-  bool is_transient(const Group& group) const {
-    const bool same_type = compute_ == Storage::kFloat32 || node(group.head).residual < 0;
-    return group.rider >= 0 && reads_of(group.head) == 1 && same_type;
-  }
+  bool is_transient(const Group& group) const { return group.rider >= 0 && feeds_rider(group.head); }
 
   void place_nodes() {
     std::vector<int64_t> born(shapes_.size(), 0);
@@ -415,7 +431,7 @@ class Planner {
     args.key_dim = n.key_dim;
     args.value_dim = n.value_dim;
     args.scale = 1.0f / std::sqrt(static_cast<float>(n.key_dim));
-    args.zeros = zeros();
+    args.zeros = zeros(round_up(std::max(positions, n.value_dim), kPanel));
     step(id, "attention");
     add(std::make_unique<AttentionJob>(args, images, x.pixels() * n.heads, query, key_panels, value, mixed));
 
@@ -433,18 +449,7 @@ class Planner {
     add(std::make_unique<PanelJob>(std::move(out)));
   }
 
-  const float* zeros() {
-    // reserved once for the largest: earlier pointers must stay
-    if (plan_.zeros_.empty()) {
-      int64_t most = kPanel;
-      for (size_t i = 0; i < shapes_.size(); ++i) {
-        const Node& n = program_.nodes[i];
-        most = std::max({most, n.value_dim, shapes_[i].height * shapes_[i].width});
-      }
-      plan_.zeros_.assign(static_cast<size_t>(round_up(most, kPanel)), 0.0f);
-    }
-    return plan_.zeros_.data();
-  }
+  const float* zeros(int64_t floats) { return plan_.zeros_.emplace_back(static_cast<size_t>(floats), 0.0f).data(); }
 
   // Each worker's share of a step is a contiguous run of its jobs' units, of equal cost.
   void share_steps() {

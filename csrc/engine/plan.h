@@ -1,6 +1,7 @@
 // The schedule of a program for one input shape and number of workers.
 #pragma once
 
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -17,6 +18,8 @@ struct Shape {
   int64_t channels = 0;
   int64_t height = 0;
   int64_t width = 0;
+  // behind the pool: [images, channels] instead of a map
+  bool vector = false;
 };
 
 // A node's arrays in the order in which the kernels read them.
@@ -58,7 +61,8 @@ class Plan {
   friend class Planner;
   std::vector<Step> steps_;
   std::vector<Shape> outputs_;
-  std::vector<float> zeros_;
+  // biases of attention's products; earlier ones stay where they are
+  std::deque<std::vector<float>> zeros_;
   int64_t workers_;
   int64_t arena_bytes_ = 0;
   int64_t scratch_floats_ = 0;

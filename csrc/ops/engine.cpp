@@ -96,8 +96,7 @@ std::vector<Tensor> engine_run(int64_t handle, Tensor x, int64_t tag) {
   std::vector<Tensor> results;
   std::vector<float*> outputs;
   for (const engine::Shape& s : engine->output_shapes(source.shape, workers, tag)) {
-    const bool vector = s.height == 1 && s.width == 1;
-    const IntList size = vector ? IntList{s.images, s.channels} : IntList{s.images, s.channels, s.height, s.width};
+    const IntList size = s.vector ? IntList{s.images, s.channels} : IntList{s.images, s.channels, s.height, s.width};
     results.push_back(torch::stable::empty(size, torch::headeronly::ScalarType::Float));
     outputs.push_back(floats(results.back()));
   }

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from .case import DTYPES, Case
@@ -23,6 +24,10 @@ from .runtimes import Runtime
 
 #: Seconds of silence before a turn, in which the previous runtime's threads go to sleep.
 PAUSE = 0.2
+
+#: Where workers import this package from: `python -m` looks into the working directory first, and in a checkout that
+#: is the sources, without the library that an installed copy has.
+PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
 #: Largest relative error with which a runtime is still timed.
 GATES = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.05}
@@ -46,6 +51,7 @@ class Worker:
             stderr=self._log,
             text=True,
             env=environment,
+            cwd=PACKAGE_ROOT,
         )
 
     def ask(self, job: str, **details: Any) -> dict[str, Any]:
