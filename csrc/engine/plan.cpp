@@ -390,15 +390,16 @@ class Planner {
     Matrix value_source = rows;
     if (downsampled) {
       Planes down = x;
-      down.height = axis(x.height, n.kernel_h, n.stride_h, n.pad_top, n.pad_bottom, n.dilation_h);
-      down.width = axis(x.width, n.kernel_w, n.stride_w, n.pad_left, n.pad_right, n.dilation_w);
-      pads_[static_cast<size_t>(id)] = {static_cast<int>(n.pad_top), static_cast<int>(n.pad_left)};
+      Pads& pads = pads_[static_cast<size_t>(id)];
       if (static_cast<PadMode>(n.pad_mode) == PadMode::kSame) {
         down.height = div_up(x.height, n.stride_h);
         down.width = div_up(x.width, n.stride_w);
-        pads_[static_cast<size_t>(id)] = {
-            static_cast<int>(same_pads(x.height, n.kernel_h, n.stride_h, n.dilation_h) / 2),
-            static_cast<int>(same_pads(x.width, n.kernel_w, n.stride_w, n.dilation_w) / 2)};
+        pads.top = static_cast<int>(same_pads(x.height, n.kernel_h, n.stride_h, n.dilation_h) / 2);
+        pads.left = static_cast<int>(same_pads(x.width, n.kernel_w, n.stride_w, n.dilation_w) / 2);
+      } else {
+        down.height = axis(x.height, n.kernel_h, n.stride_h, n.pad_top, n.pad_bottom, n.dilation_h);
+        down.width = axis(x.width, n.kernel_w, n.stride_w, n.pad_left, n.pad_right, n.dilation_w);
+        pads = {static_cast<int>(n.pad_top), static_cast<int>(n.pad_left)};
       }
       Planes key_down = down, value_down = down;
       key_down.offset = place(down.bytes());
