@@ -1,7 +1,8 @@
 """Every kernel, a few ops and whole networks once, for a library built with sanitizers; `tests/sanitized.sh` runs it.
 
-Results are judged elsewhere; here the compiler's checks are the judge. Guards of tests are
-no use to AddressSanitizer, so memory comes from malloc, exact in size.
+Results are judged elsewhere; here the compiler's checks are the judge. They see tensors and
+packed weights of the ops to the byte, but not inside an engine's one block of memory: there
+the fuzzed programs of `test_engine_fuzz.py` look for overlaps.
 """
 
 from __future__ import annotations
