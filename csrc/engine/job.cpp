@@ -69,10 +69,13 @@ void Depthwise::run(const DwconvKernel& kernel, const void* x, void* out, int64_
   kernel.run(a, row_begin, row_end, 0, kPanel);
 }
 
+std::vector<Stream::Range> Job::weights(int64_t, int64_t) const { return {}; }
+int64_t Job::passes(int64_t, int64_t) const { return 0; }
+
 InputJob::InputJob(const Planes& y)
     : Job(y.images * y.height, static_cast<double>(y.width * round_up(y.channels, kPanel))), y_(y) {}
 
-void InputJob::run(const Context& context, int64_t begin, int64_t end, float*) const {
+void InputJob::run(const Context& context, int64_t begin, int64_t end, Worker&) const {
   const Input& in = context.input;
   for (; begin < end; ++begin) {
     const int64_t image = begin / y_.height;
@@ -110,7 +113,7 @@ ConvJob::ConvJob(const ConvArgs& args, const Planes& y, bool from_input, const P
   }
 }
 
-void ConvJob::run(const Context& context, int64_t begin, int64_t end, float* scratch) const {
+void ConvJob::run(const Context& context, int64_t begin, int64_t end, Worker& worker) const {
   while (begin < end) {
     const int64_t image = begin / y_.height;
     const int64_t row = begin % y_.height;
@@ -127,9 +130,24 @@ void ConvJob::run(const Context& context, int64_t begin, int64_t end, float* scr
       a.x = x_.at(context.arena, image * x_.image());
     }
     a.y = y_.at(context.arena, image * y_.image());
-    conv(kernel_, a, row, row + rows, scratch);
+    a.stream = &worker.stream;
+    conv(kernel_, a, row, row + rows, worker.scratch);
     begin += rows;
   }
+}
+
+int64_t ConvJob::weight_bytes() const {
+  const int64_t depth = conv_depth(args_.channels, static_cast<int64_t>(args_.kernel_h) * args_.kernel_w);
+  return depth * args_.out_channels * storage_bytes(kernel_.input);
+}
+
+std::vector<Stream::Range> ConvJob::weights(int64_t begin, int64_t end) const {
+  if (begin == end) return {};
+  return {{args_.weight, weight_bytes()}};
+}
+
+int64_t ConvJob::passes(int64_t begin, int64_t end) const {
+  return (end - begin) * div_up(y_.width, kernel_.max_rows) * weight_bytes();
 }
 
 namespace {
@@ -174,8 +192,9 @@ int64_t PanelJob::scratch_floats() const {
 }
 
 void PanelJob::panel(const Context& context, int64_t image, int64_t panel, int64_t row_begin, int64_t row_end,
-                     float* scratch) const {
+                     Worker& worker) const {
   const Spec& s = spec_;
+  float* scratch = worker.scratch;
   GemmArgs a{};
   a.a = s.x.at(context.arena, image * s.x.image);
   a.a_row = s.x.row;
@@ -196,6 +215,7 @@ void PanelJob::panel(const Context& context, int64_t image, int64_t panel, int64
     a.residual_row = s.residual.row;
     a.residual_panel = kPanel;
   }
+  a.stream = &worker.stream;
   gemm(kernel_, a, row_begin, row_end, 0, 1);
   if (s.dw) {
     void* y = s.dw->y.at(context.arena, image * s.dw->y.image() + panel * s.dw->y.plane());
@@ -210,20 +230,35 @@ void PanelJob::panel(const Context& context, int64_t image, int64_t panel, int64
   }
 }
 
-void PanelJob::run(const Context& context, int64_t begin, int64_t end, float* scratch) const {
+void PanelJob::run(const Context& context, int64_t begin, int64_t end, Worker& worker) const {
   const int64_t rows = spec_.x.rows;
   const int64_t images = spec_.x.images;
   if (whole_) {
-    for (; begin < end; ++begin) panel(context, begin % images, begin / images, 0, rows, scratch);
+    for (; begin < end; ++begin) panel(context, begin % images, begin / images, 0, rows, worker);
     return;
   }
   while (begin < end) {
     const int64_t tile = begin % tiles_;
     const int64_t count = std::min(tiles_ - tile, end - begin);
     const int64_t group = begin / tiles_;
-    panel(context, group % images, group / images, rows * tile / tiles_, rows * (tile + count) / tiles_, scratch);
+    panel(context, group % images, group / images, rows * tile / tiles_, rows * (tile + count) / tiles_, worker);
     begin += count;
   }
+}
+
+std::vector<Stream::Range> PanelJob::weights(int64_t begin, int64_t end) const {
+  if (begin == end) return {};
+  const int64_t units = spec_.x.images * (whole_ ? 1 : tiles_);
+  std::vector<Stream::Range> found;
+  for (int64_t p = begin / units; p <= (end - 1) / units; ++p) {
+    const void* panel = advance(spec_.weight, spec_.x.type, p * spec_.depth * kPanel);
+    found.push_back({panel, panel_bytes()});
+  }
+  return found;
+}
+
+int64_t PanelJob::passes(int64_t begin, int64_t end) const {
+  return (end - begin) * (whole_ ? tiles_ : 1) * panel_bytes();
 }
 
 DepthwiseJob::DepthwiseJob(const Planes& x, Depthwise dw)
@@ -232,13 +267,13 @@ DepthwiseJob::DepthwiseJob(const Planes& x, Depthwise dw)
       x_(x),
       dw_(std::move(dw)) {}
 
-void DepthwiseJob::run(const Context& context, int64_t begin, int64_t end, float* scratch) const {
+void DepthwiseJob::run(const Context& context, int64_t begin, int64_t end, Worker& worker) const {
   while (begin < end) {
     const int64_t row = begin % dw_.y.height;
     const int64_t rows = std::min(dw_.y.height - row, end - begin);
     const int64_t plane = begin / dw_.y.height;  // image and block: planes of a batch are adjacent
     dw_.run(kernel_, x_.at(context.arena, plane * x_.plane()), dw_.y.at(context.arena, plane * dw_.y.plane()),
-            plane % x_.blocks(), row, row + rows, scratch);
+            plane % x_.blocks(), row, row + rows, worker.scratch);
     begin += rows;
   }
 }
@@ -252,7 +287,8 @@ DownsampleJob::DownsampleJob(const Planes& x, const float* scale, const float* s
       key_(std::move(key)),
       value_(std::move(value)) {}
 
-void DownsampleJob::run(const Context& context, int64_t begin, int64_t end, float* scratch) const {
+void DownsampleJob::run(const Context& context, int64_t begin, int64_t end, Worker& worker) const {
+  float* scratch = worker.scratch;
   for (; begin < end; ++begin) {
     const int64_t block = begin % x_.blocks();
     const float* scale = scale_ + block * kPanel;
@@ -274,7 +310,7 @@ KeyPanelsJob::KeyPanelsJob(const Matrix& key, int64_t key_dim, int64_t packed_of
       key_dim_(key_dim),
       packed_offset_(packed_offset) {}
 
-void KeyPanelsJob::run(const Context& context, int64_t begin, int64_t end, float*) const {
+void KeyPanelsJob::run(const Context& context, int64_t begin, int64_t end, Worker&) const {
   const int64_t panels = div_up(key_.rows, kPanel);
   for (; begin < end; ++begin) {
     const int64_t image = begin / panels;
@@ -298,7 +334,7 @@ AttentionJob::AttentionJob(const AttentionArgs& args, int64_t images, int64_t ro
       value_(value),
       y_(y) {}
 
-void AttentionJob::run(const Context& context, int64_t begin, int64_t end, float* scratch) const {
+void AttentionJob::run(const Context& context, int64_t begin, int64_t end, Worker& worker) const {
   const int64_t key_panels = div_up(args_.positions, kPanel) * args_.key_dim * kPanel;
   while (begin < end) {
     const int64_t image = begin / blocks_;
@@ -309,7 +345,7 @@ void AttentionJob::run(const Context& context, int64_t begin, int64_t end, float
     a.key = reinterpret_cast<const float*>(context.arena + key_offset_) + image * key_panels;
     a.value = static_cast<const float*>(value_.at(context.arena, image * value_.image()));
     a.y = y_.at(context.arena, image * rows_ * a.value_dim);
-    attention(kernel_, mixing_, a, rows_ * block / blocks_, rows_ * (block + count) / blocks_, scratch);
+    attention(kernel_, mixing_, a, rows_ * block / blocks_, rows_ * (block + count) / blocks_, worker.scratch);
     begin += count;
   }
 }
@@ -317,7 +353,8 @@ void AttentionJob::run(const Context& context, int64_t begin, int64_t end, float
 MeanJob::MeanJob(const Planes& x, const Planes& y)
     : Job(x.images * x.blocks(), static_cast<double>(x.plane())), x_(x), y_(y) {}
 
-void MeanJob::run(const Context& context, int64_t begin, int64_t end, float* scratch) const {
+void MeanJob::run(const Context& context, int64_t begin, int64_t end, Worker& worker) const {
+  float* scratch = worker.scratch;
   for (; begin < end; ++begin) {
     float mean[kPanel];
     pointwise_kernels().widen(x_.at(context.arena, begin * x_.plane()), x_.type, scratch, x_.plane());
@@ -336,7 +373,7 @@ LinearJob::LinearJob(const Planes& x, const Planes& y, const void* weight, const
       bias_(bias),
       act_(act) {}
 
-void LinearJob::run(const Context& context, int64_t begin, int64_t end, float*) const {
+void LinearJob::run(const Context& context, int64_t begin, int64_t end, Worker&) const {
   const ptrdiff_t whole_row = 0;
   GemmArgs a{};
   a.a = x_.at(context.arena, 0);
@@ -356,10 +393,22 @@ void LinearJob::run(const Context& context, int64_t begin, int64_t end, float*) 
   gemm(kernel_, a, 0, x_.images, begin * kernel_.wide_panels, std::min(y_.blocks(), end * kernel_.wide_panels));
 }
 
+std::vector<Stream::Range> LinearJob::weights(int64_t begin, int64_t end) const {
+  const int64_t panel = x_.image() * kPanel;
+  const int64_t first = begin * kernel_.wide_panels;
+  const int64_t last = std::min(y_.blocks(), end * kernel_.wide_panels);
+  if (first >= last) return {};
+  return {{advance(weight_, x_.type, first * panel), (last - first) * panel * storage_bytes(x_.type)}};
+}
+
+// Memory bounds it: nothing can be fetched meanwhile.
+int64_t LinearJob::passes(int64_t, int64_t) const { return 0; }
+
 OutputJob::OutputJob(const Planes& x, int64_t index)
     : Job(x.images * x.blocks(), static_cast<double>(x.plane())), x_(x), index_(index) {}
 
-void OutputJob::run(const Context& context, int64_t begin, int64_t end, float* scratch) const {
+void OutputJob::run(const Context& context, int64_t begin, int64_t end, Worker& worker) const {
+  float* scratch = worker.scratch;
   const int64_t pixels = x_.pixels();
   for (; begin < end; ++begin) {
     const int64_t image = begin / x_.blocks();

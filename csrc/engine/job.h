@@ -51,13 +51,23 @@ struct Context {
   double* step_seconds;
 };
 
+// What a worker has of its own during a step.
+struct Worker {
+  float* scratch;
+  Stream stream;
+};
+
 class Job {
  public:
   Job(int64_t units, double unit_cost) : units(units), unit_cost(unit_cost) {}
   virtual ~Job() = default;
-  // Units [begin, end); `scratch` holds scratch_floats() floats of this worker's own.
-  virtual void run(const Context& context, int64_t begin, int64_t end, float* scratch) const = 0;
+  // Units [begin, end); the worker's scratch holds scratch_floats() floats.
+  virtual void run(const Context& context, int64_t begin, int64_t end, Worker& worker) const = 0;
   virtual int64_t scratch_floats() const { return 0; }
+  // Weights that units [begin, end) read, in that order; empty where fetching them ahead is not worth it.
+  virtual std::vector<Stream::Range> weights(int64_t begin, int64_t end) const;
+  // Bytes of weights that the tiles of units [begin, end) pass through: the clock by which a stream runs.
+  virtual int64_t passes(int64_t begin, int64_t end) const;
 
   const int64_t units;
   // in multiply-adds of one core, roughly; only ratios within a step matter
@@ -83,7 +93,7 @@ struct Depthwise {
 class InputJob : public Job {
  public:
   explicit InputJob(const Planes& y);
-  void run(const Context& context, int64_t begin, int64_t end, float* scratch) const override;
+  void run(const Context& context, int64_t begin, int64_t end, Worker& worker) const override;
 
  private:
   Planes y_;
@@ -93,10 +103,15 @@ class InputJob : public Job {
 class ConvJob : public Job {
  public:
   ConvJob(const ConvArgs& args, const Planes& y, bool from_input, const Planes& x);
-  void run(const Context& context, int64_t begin, int64_t end, float* scratch) const override;
+  void run(const Context& context, int64_t begin, int64_t end, Worker& worker) const override;
   int64_t scratch_floats() const override { return conv_scratch(args_); }
 
+  std::vector<Stream::Range> weights(int64_t begin, int64_t end) const override;
+  int64_t passes(int64_t begin, int64_t end) const override;
+
  private:
+  int64_t weight_bytes() const;
+
   const GemmKernel& kernel_;
   ConvArgs args_;
   Planes y_;
@@ -139,12 +154,15 @@ class PanelJob : public Job {
     Planes mean_y;
   };
   explicit PanelJob(Spec spec);
-  void run(const Context& context, int64_t begin, int64_t end, float* scratch) const override;
+  void run(const Context& context, int64_t begin, int64_t end, Worker& worker) const override;
   int64_t scratch_floats() const override;
+  std::vector<Stream::Range> weights(int64_t begin, int64_t end) const override;
+  int64_t passes(int64_t begin, int64_t end) const override;
 
  private:
   void panel(const Context& context, int64_t image, int64_t panel, int64_t row_begin, int64_t row_end,
-             float* scratch) const;
+             Worker& worker) const;
+  int64_t panel_bytes() const { return spec_.depth * kPanel * storage_bytes(spec_.x.type); }
 
   const GemmKernel& kernel_;
   const DwconvKernel& dwconv_;
@@ -158,7 +176,7 @@ class PanelJob : public Job {
 class DepthwiseJob : public Job {
  public:
   DepthwiseJob(const Planes& x, Depthwise dw);
-  void run(const Context& context, int64_t begin, int64_t end, float* scratch) const override;
+  void run(const Context& context, int64_t begin, int64_t end, Worker& worker) const override;
   int64_t scratch_floats() const override { return dw_.padded_floats(); }
 
  private:
@@ -171,7 +189,7 @@ class DepthwiseJob : public Job {
 class DownsampleJob : public Job {
  public:
   DownsampleJob(const Planes& x, const float* scale, const float* shift, Depthwise key, Depthwise value);
-  void run(const Context& context, int64_t begin, int64_t end, float* scratch) const override;
+  void run(const Context& context, int64_t begin, int64_t end, Worker& worker) const override;
   int64_t scratch_floats() const override { return x_.plane(); }
 
  private:
@@ -187,7 +205,7 @@ class DownsampleJob : public Job {
 class KeyPanelsJob : public Job {
  public:
   KeyPanelsJob(const Matrix& key, int64_t key_dim, int64_t packed_offset);
-  void run(const Context& context, int64_t begin, int64_t end, float* scratch) const override;
+  void run(const Context& context, int64_t begin, int64_t end, Worker& worker) const override;
 
  private:
   Matrix key_;
@@ -200,7 +218,7 @@ class AttentionJob : public Job {
  public:
   AttentionJob(const AttentionArgs& args, int64_t images, int64_t rows, const Matrix& query, int64_t key_offset,
                const Planes& value, const Matrix& y);
-  void run(const Context& context, int64_t begin, int64_t end, float* scratch) const override;
+  void run(const Context& context, int64_t begin, int64_t end, Worker& worker) const override;
   int64_t scratch_floats() const override { return attention_scratch(kernel_, args_.positions); }
 
  private:
@@ -219,7 +237,7 @@ class AttentionJob : public Job {
 class MeanJob : public Job {
  public:
   MeanJob(const Planes& x, const Planes& y);
-  void run(const Context& context, int64_t begin, int64_t end, float* scratch) const override;
+  void run(const Context& context, int64_t begin, int64_t end, Worker& worker) const override;
   int64_t scratch_floats() const override { return x_.plane(); }
 
  private:
@@ -231,7 +249,9 @@ class MeanJob : public Job {
 class LinearJob : public Job {
  public:
   LinearJob(const Planes& x, const Planes& y, const void* weight, const float* bias, Activation act);
-  void run(const Context& context, int64_t begin, int64_t end, float* scratch) const override;
+  void run(const Context& context, int64_t begin, int64_t end, Worker& worker) const override;
+  std::vector<Stream::Range> weights(int64_t begin, int64_t end) const override;
+  int64_t passes(int64_t begin, int64_t end) const override;
 
  private:
   const GemmKernel& kernel_;
@@ -246,7 +266,7 @@ class LinearJob : public Job {
 class OutputJob : public Job {
  public:
   OutputJob(const Planes& x, int64_t index);
-  void run(const Context& context, int64_t begin, int64_t end, float* scratch) const override;
+  void run(const Context& context, int64_t begin, int64_t end, Worker& worker) const override;
   int64_t scratch_floats() const override { return x_.plane(); }
 
  private:

@@ -14,6 +14,11 @@ namespace {
 // Workers may wait this part of a fused step for the one with a panel more.
 constexpr double kFusionImbalance = 0.06;
 
+// Weights are fetched this long before they are used, and no faster than this; in bytes that tiles pass through, of
+// which a core does about 16 GB/s.
+constexpr double kLead = 64 << 10;
+constexpr double kFetchRate = 0.5;
+
 // One node alone, or a pointwise node and what runs on its panels.
 struct Group {
   int64_t head = 0;
@@ -40,6 +45,7 @@ class Planner {
     place_nodes();
     for (size_t g = 0; g < groups_.size(); ++g) emit(groups_[g], static_cast<int64_t>(g));
     share_steps();
+    for (int64_t w = 0; w < plan_.workers_; ++w) fetch_ahead(static_cast<size_t>(w));
     plan_.arena_bytes_ = arena_.total();
   }
 
@@ -475,6 +481,48 @@ class Planner {
     plan_.scratch_floats_ = round_up(plan_.scratch_floats_, kPanel) + kPanel;
   }
 
+  // When each range of weights that worker w will read is fetched: as late as possible, kLead before its use, no
+  // faster than kFetchRate. Time is counted in bytes of weights that tiles pass through.
+  void fetch_ahead(size_t w) {
+    struct Use {
+      Stream::Range range;
+      double time;
+    };
+    std::vector<Use> uses;
+    std::vector<double> starts;
+    double now = 0.0;
+    for (Step& step : plan_.steps_) {
+      step.ahead.resize(static_cast<size_t>(plan_.workers_));
+      starts.push_back(now);
+      for (size_t j = 0; j < step.jobs.size(); ++j) {
+        const int64_t begin = step.bounds[j][w];
+        const int64_t end = step.bounds[j][w + 1];
+        const std::vector<Stream::Range> ranges = step.jobs[j]->weights(begin, end);
+        const auto passes = static_cast<double>(step.jobs[j]->passes(begin, end));
+        for (size_t r = 0; r < ranges.size(); ++r) {
+          uses.push_back({ranges[r], now + passes * static_cast<double>(r) / static_cast<double>(ranges.size())});
+        }
+        now += passes;
+      }
+    }
+    starts.push_back(now);
+    double limit = now;
+    size_t s = plan_.steps_.size();
+    for (size_t i = uses.size(); i-- > 0;) {
+      limit = std::min(limit, uses[i].time - kLead) - static_cast<double>(uses[i].range.bytes) / kFetchRate;
+      if (limit < 0.0) break;
+      while (s > 0 && (s == plan_.steps_.size() || starts[s] > limit)) --s;
+      plan_.steps_[s].ahead[w].ranges.push_back(uses[i].range);
+    }
+    for (size_t i = 0; i < plan_.steps_.size(); ++i) {
+      Step::Ahead& ahead = plan_.steps_[i].ahead[w];
+      std::reverse(ahead.ranges.begin(), ahead.ranges.end());
+      double bytes = 0.0;
+      for (const Stream::Range& r : ahead.ranges) bytes += static_cast<double>(r.bytes);
+      ahead.rate = std::min(1.0, bytes / std::max(1.0, starts[i + 1] - starts[i]));
+    }
+  }
+
   Plan& plan_;
   const Program& program_;
   const std::vector<PackedNode>& packed_;
@@ -499,11 +547,13 @@ void Plan::run(const Context& context, Barrier& barrier, int64_t begin, int64_t 
   auto last_time = std::chrono::steady_clock::now();
   for (size_t s = 0; s < steps_.size(); ++s) {
     const Step& step = steps_[s];
+    const Step::Ahead& ahead = step.ahead[static_cast<size_t>(begin)];
+    Worker worker{scratch, Stream(ahead.ranges.data(), ahead.ranges.data() + ahead.ranges.size(), ahead.rate)};
     for (size_t j = 0; j < step.jobs.size(); ++j) {
       const std::vector<int64_t>& bounds = step.bounds[j];
       const int64_t first = bounds[static_cast<size_t>(begin)];
       const int64_t last = bounds[static_cast<size_t>(end)];
-      if (first < last) step.jobs[j]->run(context, first, last, scratch);
+      if (first < last) step.jobs[j]->run(context, first, last, worker);
     }
     barrier.arrive(end - begin);
     if (timed) {

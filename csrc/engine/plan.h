@@ -33,6 +33,12 @@ struct Step {
   std::vector<std::unique_ptr<Job>> jobs;
   // [job][worker]: first unit of each worker's share, one more entry than workers
   std::vector<std::vector<int64_t>> bounds;
+  // [worker] what each brings into its cache meanwhile
+  struct Ahead {
+    std::vector<Stream::Range> ranges;
+    double rate = 0.0;
+  };
+  std::vector<Ahead> ahead;
 };
 
 class Plan {

@@ -121,6 +121,7 @@ void conv(const GemmKernel& kernel, const ConvArgs& a, int64_t row_begin, int64_
   product.c_panel = a.y_panel;
   product.n = a.out_channels;
   product.act = a.act;
+  product.stream = a.stream;
 
   const int64_t panels = div_up(a.out_channels, kPanel);
   int64_t filled = row_begin * a.stride_h - a.pad_top;

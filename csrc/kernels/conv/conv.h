@@ -40,6 +40,7 @@ struct ConvArgs {
   int dilation_h;
   int dilation_w;
   Activation act;
+  Stream* stream = nullptr;  // or what to fetch meanwhile
 };
 
 // Few input channels (an image): rows are kept channel by channel and the reduction runs over (c, ky, kx); otherwise

@@ -170,6 +170,7 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
       tile.residual = args.residual
                           ? advance(args.residual, kernel.output, row * args.residual_row + panel * args.residual_panel)
                           : nullptr;
+      tile.ahead = args.stream && panels == 1 ? args.stream->take(b, k * kPanel * storage_bytes(kernel.input)) : 0;
       run_tile((panels > 1 ? kernel.wide : kernel.tile[variant])[count], kernel.input, tile, args,
                advance(a, kernel.input, first * tile.a_row), segment, b);
     }

@@ -40,6 +40,8 @@ struct GemmTile {
   bool first;
   bool last;
   float* partial;  // [rows * panels * kPanel]
+  // Bytes from b to what is brought into L2 line by line while b passes by; 0 for nothing. Tiles of one panel only.
+  ptrdiff_t ahead;
 };
 
 // Longest chain of additions: the error of a plain sum grows with its length, and chains of a thousand leave the budget
@@ -75,6 +77,41 @@ const GemmKernel& gemm_kernel(Storage input = Storage::kFloat32, Storage output 
 // True where the active tier multiplies bfloat16.
 bool gemm_has_bfloat16();
 
+// Weights that will be needed soon, in order: tiles bring them into L2 while they multiply, so that the first tile of a
+// panel does not wait for memory. Cheap to copy, used by one thread.
+class Stream {
+ public:
+  struct Range {
+    const void* data;
+    int64_t bytes;
+  };
+  Stream() = default;
+  // `rate`: bytes to fetch for each byte of weights that a tile passes through.
+  Stream(const Range* begin, const Range* end, double rate) : range_(begin), end_(end), rate_(rate) {}
+
+  // GemmTile::ahead of a tile that passes through `bytes` bytes at `b`.
+  ptrdiff_t take(const void* b, int64_t bytes) {
+    if (range_ == end_) return 0;
+    credit_ += rate_ * static_cast<double>(bytes);
+    if (credit_ < static_cast<double>(bytes)) return 0;
+    credit_ -= static_cast<double>(bytes);
+    const ptrdiff_t ahead = static_cast<const char*>(range_->data) + done_ - static_cast<const char*>(b);
+    done_ += bytes;
+    if (done_ >= range_->bytes) {
+      done_ = 0;
+      ++range_;
+    }
+    return ahead;
+  }
+
+ private:
+  const Range* range_ = nullptr;
+  const Range* end_ = nullptr;
+  int64_t done_ = 0;
+  double rate_ = 0.0;
+  double credit_ = 0.0;
+};
+
 // A matrix product over rows [row_begin, row_end) and panels [panel_begin, panel_end) of one operand.
 struct GemmArgs {
   const void* a;
@@ -95,6 +132,7 @@ struct GemmArgs {
   int64_t n;  // columns
   Activation act;
   int64_t chain = kChain;
+  Stream* stream = nullptr;  // or what to fetch meanwhile
 };
 
 void gemm(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begin, int64_t row_end, int64_t panel_begin,

@@ -48,6 +48,7 @@ void gemm_tile(const GemmTile& t) {
   const auto* residual = static_cast<const Out*>(t.residual);
   auto* c = static_cast<Out*>(t.c);
   const ptrdiff_t b_panel = NP > 1 ? t.b_panel : 0;
+  [[maybe_unused]] const ptrdiff_t ahead = t.ahead;
   for (int64_t s = 0; s < t.segments; ++s) {
     const In* base[kBases];
 #pragma GCC unroll 16
@@ -67,6 +68,7 @@ void gemm_tile(const GemmTile& t) {
       }
 #pragma GCC unroll 4
       for (int p = 0; p < NP; ++p) __builtin_prefetch(b + p * b_panel + 16 * kPanel * A::kGroup);
+      if constexpr (NP == 1) __builtin_prefetch(reinterpret_cast<const char*>(b) + ahead, 0, 2);
       b += kPanel * A::kGroup;
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) {
