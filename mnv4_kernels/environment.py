@@ -27,10 +27,13 @@ OPS = (
     "uib",
 )
 
+#: ops of training that have a switch of their own, for both directions
+TRAINING_OPS = ("bn_act", "bn_act_conv", "bn_act_dwconv", "bn_act_pwconv")
+
 #: name -> what it does; a test compares this table with what the sources read
 VARIABLES: dict[str, str] = {
     DISABLE: "1: patched models run timm's own path everywhere; `functional` and CUDA calls of ops run the references",
-    **{f"{DISABLE}_{op.upper()}": f"1: the same for what needs `{op}` only" for op in OPS},
+    **{f"{DISABLE}_{op.upper()}": f"1: the same for what needs `{op}` only" for op in (*OPS, *TRAINING_OPS)},
     "MNV4_KERNELS_TIER": "the highest instruction-set tier that the C++ kernels may use; read when the library loads",
     "MNV4_KERNELS_TUNED": "a file of launch configurations for the GPU kernels, used before the shipped ones",
     "MNV4_KERNELS_BUILD": "at build time; 0: install the pure Python package, without the C++ library",

@@ -138,7 +138,7 @@ def test_the_commands_of_the_readme_parse() -> None:
 
 def test_the_readme_documents_every_environment_variable() -> None:
     text = (ROOT / "README.md").read_text()
-    per_op = {environment.switch_of(op) for op in environment.OPS}
+    per_op = {environment.switch_of(op) for op in (*environment.OPS, *environment.TRAINING_OPS)}
     for name in set(environment.VARIABLES) - per_op:
         assert f"`{name}`" in text, f"the README does not mention {name}"
     assert f"`{environment.DISABLE}_<OP>`" in text

@@ -2,6 +2,10 @@
 
 from ..backends import cuda, native
 from ._contract import LIBRARY, REFERENCES
+from .bn_act import bn_act
+from .bn_act_conv import bn_act_conv
+from .bn_act_dwconv import bn_act_dwconv
+from .bn_act_pwconv import bn_act_pwconv
 from .conv_bn_act import conv_bn_act
 from .conv_pwconv import conv_pwconv
 from .dwconv_bn_act import dwconv_bn_act
@@ -15,6 +19,10 @@ from .pwconv_bn_act import pwconv_bn_act
 from .uib import uib
 
 __all__ = [
+    "bn_act",
+    "bn_act_conv",
+    "bn_act_dwconv",
+    "bn_act_pwconv",
     "conv_bn_act",
     "conv_pwconv",
     "dwconv_bn_act",

@@ -27,6 +27,7 @@ def define(
     reference: Callable[..., Any],
     autocast: Iterable[str] = (),
     differentiable: bool = True,
+    autograd: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
 ) -> Any:
     """Registers one op and returns its `OpOverload`.
 
@@ -37,6 +38,7 @@ def define(
         autocast: names of the tensor arguments that autocast casts to its dtype; the
             others (per-channel scales and shifts, packed weights) stay float32.
         differentiable: derive a backward from the reference by recomputing it.
+        autograd: (setup_context, backward) of an op that has a backward op of its own.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema)
@@ -48,7 +50,10 @@ def define(
     cast = [arguments.index(argument) for argument in autocast]
     for device in ("CPU", "CUDA"):
         _register_autocast(name, op, cast, device)
-    if differentiable:
+    if autograd is not None:
+        setup_context, backward = autograd
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    elif differentiable:
         _register_recomputing_autograd(name, op, reference)
     return op
 

@@ -58,7 +58,7 @@ def backends_of(op: str) -> tuple[Backend, ...]:
     return found
 
 
-_SWITCHES = {op: environment.Switches([op]) for op in environment.OPS}
+_SWITCHES = {op: environment.Switches([op]) for op in (*environment.OPS, *environment.TRAINING_OPS)}
 
 
 @constant_in_graphs

@@ -1,5 +1,5 @@
 """Multi-query attention: many query heads over one shared key and value."""
 
-from .contract import mqa
+from .contract import mqa, mqa_backward
 
-__all__ = ["mqa"]
+__all__ = ["mqa", "mqa_backward"]
