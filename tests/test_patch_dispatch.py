@@ -305,12 +305,10 @@ class TestTracing:
         with torch.no_grad():
             torch.testing.assert_close(traced(images()), model(images()), rtol=1e-4, atol=1e-4)
 
-    def test_torch_compile_and_export_trace_timms_path(self) -> None:
+    def test_torch_export_traces_timms_path(self) -> None:
         model = patched()
         with torch.no_grad():
             expected = model(images())
-            compiled = torch.compile(model, backend="eager", fullgraph=True)
-            torch.testing.assert_close(compiled(images()), expected, rtol=1e-4, atol=1e-4)
             exported = torch.export.export(model, (images(),)).module()
             torch.testing.assert_close(exported(images()), expected, rtol=1e-4, atol=1e-4)
 

@@ -1,9 +1,12 @@
-"""What `torch.compile` may take for granted."""
+"""What `torch.compile` may take for granted, and what it is doing: all that depends on torch's internals."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
+
+import torch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -13,3 +16,28 @@ def constant_in_graphs(function: Function) -> Function:
     # what torch.compiler.assume_constant_result does, which would import all of torch._dynamo, and Triton with it
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def edited_in_graph(tensors: Iterable[torch.Tensor], holders: Iterable[object]) -> bool:
+    """True if the graph that torch.compile is making writes to one of `tensors`, or to one of the `holders`.
+
+    Dynamo only notes such writes: they take place when the graph runs, and an op that looks
+    at the tensor itself would not see them.
+
+    Args:
+        tensors: as they are outside the graph.
+        holders: modules and their dicts of tensors, where others may be put in their place.
+    """
+    symbolic_convert: Any = sys.modules.get("torch._dynamo.symbolic_convert")
+    output = symbolic_convert.InstructionTranslator.current_tx().output
+    effects = output.side_effects
+    for holder in holders:
+        variable = effects.id_to_variable.get(id(holder))
+        if variable is not None and effects.is_modified(variable):
+            return True
+    # fakes begin with version 0, whatever the tensor's own is
+    written = [arg for arg in output.graphargs if arg.fake_tensor is not None and arg.fake_tensor._version]
+    if not written:
+        return False
+    storages = {tensor.untyped_storage()._cdata for tensor in tensors}
+    return any(arg.example.untyped_storage()._cdata in storages for arg in written)

@@ -3,14 +3,13 @@
 from . import leaves
 from .attention import MobileAttentionForward, MultiQueryAttention2dForward
 from .blocks import ConvBnActForward, ConvNormActForward, EdgeResidualForward, UniversalInvertedResidualForward
-from .dropin import PLANS, DropIn, make_room, refresh
+from .dropin import DropIn, leave_room, make_room, refresh
 from .network import HEAD, PRE_LOGITS, STEM, MobileNetV3FeaturesForward, MobileNetV3Forward, timm_stem
 from .plan import Body, Plan
 from .steps import Own
 
 __all__ = [
     "HEAD",
-    "PLANS",
     "PRE_LOGITS",
     "STEM",
     "Body",
@@ -25,6 +24,7 @@ __all__ = [
     "Own",
     "Plan",
     "UniversalInvertedResidualForward",
+    "leave_room",
     "leaves",
     "make_room",
     "refresh",

@@ -15,7 +15,7 @@ from . import folding, leaves
 from .blocks import has_skip, skip_drop_steps
 from .dropin import DropIn
 from .plan import Body
-from .steps import Call, Own, Step, pointwise_call
+from .steps import Call, Own, Step, empty_map, pointwise_call
 
 #: where `tensors()` keeps what
 _NORM = slice(0, 4)
@@ -111,6 +111,10 @@ class MultiQuery:
             x = F.conv2d(padded, down[0], None, conv.stride, 0, conv.dilation, conv.groups)
             x = _batch_norm(x, modules["norm"], down[1:])
         return F.conv2d(x, project).flatten(2).transpose(1, 2).unsqueeze(1)
+
+    def fake(self, x: torch.Tensor) -> torch.Tensor:
+        """Uninitialised, like the result on `x`, whose sizes may be symbols."""
+        return empty_map(x, (x.shape[0], self._path("output")["proj"].out_channels, x.shape[2], x.shape[3]))
 
     def prepare(self) -> Call:
         """Reads the tensors; returns the folded and packed call."""

@@ -7,20 +7,28 @@ running as a whole still leaves its pieces their kernels.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..backends.tracing import constant_in_graphs, edited_in_graph
 from ..environment import Switches
+from ..ops.layout import memory_format_of
+from ..ops.piece import piece, remember
 from . import leaves
-from .plan import Body, Plan
+from .plan import Body, Plan, fake_of
 
 #: The plans' place in a drop-in's `__dict__`; not a buffer, so that no state_dict shows it.
 PLANS = "_mnv4_plans"
 
+#: Its number in compiled graphs, which torch.compile guards on: no other module meets its code.
+NUMBER = "_mnv4_number"
+
 TRAINING = "train mode: timm's own path, training kernels don't exist yet"
-COMPILING = "torch.compile and torch.export trace timm's own path"
+EXPORTING = "torch.export traces timm's own path"
+COMPILING_GRADIENTS = "torch.compile with gradients enabled: the ops' graphs are made under torch.no_grad()"
 TRACING = "torch.jit traces timm's own path"
 TRANSFORMED = "inside a torch.func transform or forward-mode AD"
 AUTOCAST = "under autocast, whose rounding timm's own path keeps"
@@ -35,6 +43,8 @@ class DropIn(nn.Module):
 
     #: the forward that the patch replaced; `unpatch` gives it back
     _mnv4_base: type[nn.Module]
+    #: see `NUMBER`
+    _mnv4_number: int
 
     def _mnv4_body(self, key: str) -> Body:
         """What the piece `key` of this module computes."""
@@ -52,17 +62,17 @@ class DropIn(nn.Module):
 
     def _mnv4_obstacle(self, x: Any) -> str:
         """Why the module takes timm's own path for the input `x` whatever its parameters are; empty: it need not."""
-        if torch.compiler.is_compiling():
-            return COMPILING
         if self.training:
             return TRAINING
+        if torch.compiler.is_compiling():
+            return _traced_obstacle(x)
         if type(x) is not torch.Tensor or x.dim() != 4 or not x.is_cpu or x.dtype not in leaves.DTYPES:
             obstacle = _input_obstacle(x)
             if obstacle:
                 return obstacle
         if torch._C._get_tracing_state() is not None:
             return TRACING
-        if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+        if _transformed():
             return TRANSFORMED
         if torch.is_autocast_enabled("cpu"):
             return AUTOCAST
@@ -83,6 +93,8 @@ class DropIn(nn.Module):
 
     def _mnv4_run(self, x: torch.Tensor, key: str = "") -> torch.Tensor | None:
         """The piece `key` on `x` [N, C, H, W] by its plan; None where timm's own path must run."""
+        if torch.compiler.is_compiling():
+            return self._mnv4_trace(x, key)
         plan, obstacle = self._mnv4_decide(x, key)
         if plan is None or obstacle:
             return None
@@ -90,9 +102,39 @@ class DropIn(nn.Module):
             return plan.run_differentiably(x)
         return plan.run(x)
 
+    def _mnv4_trace(self, x: torch.Tensor, key: str) -> torch.Tensor | None:
+        """The piece `key` as one op of the graph that torch.compile makes; None where it must trace timm's own path."""
+        if self._mnv4_obstacle(x):
+            return None
+        structure = _traceable(self, key, x.dtype)
+        if not structure:
+            return None
+        y: torch.Tensor = piece(x, self._mnv4_number, key, structure)
+        return y
+
+    def _mnv4_execute(self, x: torch.Tensor, key: str) -> torch.Tensor:
+        """What a compiled graph's op does: what eager does, so that whatever changed since is seen."""
+        plan, obstacle = self._mnv4_decide(x, key)
+        if plan is not None and not obstacle:
+            return plan.run(x)
+        return self._mnv4_otherwise(x, key)
+
+    def _mnv4_otherwise(self, x: torch.Tensor, key: str) -> torch.Tensor:
+        """The piece `key` where its plan may not run, in the memory format in which the plan gives it."""
+        y: torch.Tensor = self._mnv4_base.forward(self, x)
+        return y.contiguous(memory_format=memory_format_of(x))
+
+    def _mnv4_fake(self, x: torch.Tensor, key: str) -> torch.Tensor:
+        """Uninitialised, like the result of the piece `key` on the fake tensor `x`."""
+        return fake_of(self._mnv4_body(key), x)
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry no plans: they hold folded weights of this very instance."""
-        return {**self.__dict__, PLANS: {}}
+        return {name: value for name, value in self.__dict__.items() if name not in (PLANS, NUMBER)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        make_room(self)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """torch.jit.script asks each module for what to compile; a drop-in's forward is not TorchScript."""
@@ -110,8 +152,16 @@ class BlockForward(DropIn):
 
 def make_room(module: nn.Module) -> dict[str, Plan]:
     """The place for `module`'s plans, made now: a `Watch` takes a later attribute for a change."""
+    if NUMBER not in module.__dict__:
+        module.__dict__[NUMBER] = remember(module)  # type: ignore[arg-type]
     plans: dict[str, Plan] = module.__dict__.setdefault(PLANS, {})
     return plans
+
+
+def leave_room(module: nn.Module) -> None:
+    """Takes away what `make_room` gave."""
+    for name in (PLANS, NUMBER):
+        module.__dict__.pop(name, None)
 
 
 def refresh(model: nn.Module) -> None:
@@ -125,6 +175,34 @@ def refresh(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, DropIn):
             make_room(module).clear()
+
+
+def _traced_obstacle(x: Any) -> str:
+    """Why a graph of torch.compile gets timm's own path for the input `x`; empty: it need not."""
+    if torch.compiler.is_exporting():
+        return EXPORTING
+    # parameters are no inputs of the op: nothing would tell that they require gradients
+    if torch.is_grad_enabled():
+        return COMPILING_GRADIENTS
+    if torch.is_autocast_enabled("cpu"):
+        return AUTOCAST
+    return TRANSFORMED if _transformed() else _input_obstacle(x)
+
+
+@constant_in_graphs
+def _transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+@constant_in_graphs
+def _traceable(module: DropIn, key: str, dtype: torch.dtype) -> str:
+    """What the graph's op is told of `module`'s structure; empty where timm's own path must be traced."""
+    plan = module._mnv4_plan(key)
+    if plan.obstacle or plan.switches.obstacle() or plan.watch.obstacle() or plan.dtype is not dtype:
+        return ""
+    if edited_in_graph(*plan.watch.watched()):
+        return ""
+    return hashlib.sha256(repr(module).encode()).hexdigest()[:16]
 
 
 def _input_obstacle(x: Any) -> str:

@@ -52,6 +52,11 @@ class Head:
         y = self.expand.formula(F.adaptive_avg_pool2d(x, 1), expand).flatten(1)
         return y if weight is None else F.linear(y, weight, bias)
 
+    def fake(self, x: torch.Tensor) -> torch.Tensor:
+        """Uninitialised, like the result on `x`, whose sizes may be symbols."""
+        width = self.expand.conv.out_channels if self.classifier is None else self.classifier.out_features
+        return x.new_empty(x.shape[0], width)
+
     def prepare(self) -> Call:
         """Reads the tensors; returns the folded and packed call."""
         conv, classifier = self.expand.conv, self.classifier

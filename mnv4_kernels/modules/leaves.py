@@ -6,12 +6,13 @@ exactly, never by isinstance: a subclass may compute something else.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+
+from ..ops.layout import conv_output_size
 
 #: convolution class -> True where it pads as TensorFlow's 'same' does, by the input's size
 CONVS: dict[type[nn.Module], bool] = {nn.Conv2d: False}
@@ -164,6 +165,16 @@ def same_padding(conv: nn.Conv2d, height: int, width: int) -> list[int]:
     for size, kernel, stride, dilation in zip(
         (height, width), conv.kernel_size, conv.stride, conv.dilation, strict=True
     ):
-        total = max((math.ceil(size / stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+        total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
         padding += [total // 2, total - total // 2]
     return padding
+
+
+def output_size(conv: nn.Conv2d, height: int, width: int) -> tuple[int, ...]:
+    """(height, width) of `conv`'s result; sizes may be symbols."""
+    padding = static_padding(conv)
+    stride = conv.stride
+    if padding is None:
+        return (-(-height // stride[0]), -(-width // stride[1]))
+    sizes = zip((height, width), conv.kernel_size, stride, padding[::2], padding[1::2], conv.dilation, strict=True)
+    return tuple(conv_output_size(*arguments) for arguments in sizes)

@@ -69,12 +69,28 @@ def whole_body(network: nn.Module) -> Body:
 class _Network(DropIn):
     """What the network classes share: the stem."""
 
+    def _mnv4_by_pieces(self, x: torch.Tensor) -> torch.Tensor:
+        """The forward as stem, blocks and head, each on its own."""
+        raise NotImplementedError
+
     def _mnv4_stem(self, x: torch.Tensor) -> torch.Tensor:
         """The stem's result in NHWC, by the op or by timm's modules."""
         y = self._mnv4_run(x, STEM)
         if y is not None:
             return y
         return timm_stem(self, x).contiguous(memory_format=torch.channels_last)
+
+    def _mnv4_otherwise(self, x: torch.Tensor, key: str) -> torch.Tensor:
+        if key == STEM:
+            return timm_stem(self, x).contiguous(memory_format=torch.channels_last)
+        timm: Any = self._mnv4_base
+        if key in (HEAD, PRE_LOGITS):
+            y: torch.Tensor = timm.forward_head(self, x, key == PRE_LOGITS)
+        elif self._mnv4_whole(x):
+            y = self._mnv4_by_pieces(x)
+        else:
+            y = timm.forward(self, x)
+        return y
 
     def _mnv4_whole(self, x: Any) -> bool:
         """True where the forwards here may run: eval mode, a plain CPU tensor, and timm's methods where they were."""
@@ -121,7 +137,10 @@ class MobileNetV3Forward(_Network):
         y = None if torch.is_grad_enabled() else self._mnv4_run(x, WHOLE)
         if y is not None:
             return y
-        y = self.forward_head(self._mnv4_features(x))
+        return self._mnv4_by_pieces(x)
+
+    def _mnv4_by_pieces(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.forward_head(self._mnv4_features(x))
         # a head without pooling gives a map
         return self._mnv4_like_timm(y, x, self._mnv4_stages) if y.dim() == 4 else y
 

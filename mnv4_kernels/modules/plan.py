@@ -143,6 +143,22 @@ def formula_of(body: Body, x: torch.Tensor, tensors: Sequence[torch.Tensor | Non
     return y + x if body.residual else y
 
 
+def fake_of(body: Body, x: torch.Tensor) -> torch.Tensor:
+    """An uninitialised tensor like a body's result on the fake tensor `x`, whose sizes may be symbols."""
+    for step in body.steps:
+        x = _fake_of_own(step.module, x) if isinstance(step, Own) else step.fake(x)
+    return x
+
+
+def _fake_of_own(module: nn.Module, x: Any) -> torch.Tensor:
+    """What a module of timm's gives for a fake tensor: its own code runs, on fake parameters."""
+    mode = x.fake_mode
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    fakes = {name: mode.from_tensor(tensor, static_shapes=True) for name, tensor in tensors.items()}
+    y: torch.Tensor = torch.func.functional_call(module, fakes, (x,))
+    return y
+
+
 def _obstacle(body: Body) -> str:
     if not body.fused:
         return "; ".join(dict.fromkeys(step.reason for step in body.own)) or "nothing that an op computes"

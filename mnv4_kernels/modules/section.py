@@ -15,7 +15,7 @@ from torch import nn
 
 from . import leaves
 from .dropin import DropIn, make_room
-from .plan import Body, formula_of
+from .plan import Body, fake_of, formula_of
 from .steps import Call, Own, Step
 
 
@@ -48,6 +48,10 @@ class Section:
     def formula(self, x: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
         """What timm computes in eval mode, in plain differentiable torch, over `tensors()`."""
         return formula_of(self.body, x, tensors)
+
+    def fake(self, x: torch.Tensor) -> torch.Tensor:
+        """Uninitialised, like the result on `x`, whose sizes may be symbols."""
+        return fake_of(self.body, x)
 
     def prepare(self) -> Call:
         """The call of the block's own plan, which only a change of this block makes anew."""

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..ops.activation import apply as apply_act
+from ..ops.layout import memory_format_of
 from . import folding, leaves
 
 #: a ready call: (x [N, C, H, W], residual or None) -> y
@@ -46,6 +47,9 @@ class Fused(Protocol):
 
     def formula(self, x: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
         """What timm computes in eval mode, in plain differentiable torch, over `tensors()`."""
+
+    def fake(self, x: torch.Tensor) -> torch.Tensor:
+        """Uninitialised, like the result on `x`, whose sizes may be symbols."""
 
     def prepare(self) -> Call:
         """Reads the tensors; returns the folded and packed call."""
@@ -124,6 +128,11 @@ class Convolution:
         y = apply_act(self.act_name, y)
         return y if gamma is None else y * gamma.view(1, -1, 1, 1)
 
+    def fake(self, x: torch.Tensor) -> torch.Tensor:
+        """Uninitialised, like the result on `x`, whose sizes may be symbols."""
+        size = (x.shape[0], self.conv.out_channels, *leaves.output_size(self.conv, x.shape[2], x.shape[3]))
+        return empty_map(x, size, self.channels_last)
+
     def prepare(self) -> Call:
         """Reads the tensors; returns the folded and packed call."""
         conv = self.conv
@@ -133,6 +142,12 @@ class Convolution:
         if self.op == "pwconv_bn_act":
             return pointwise_call(weight, scale, shift, self.act_name, conv.weight.dtype)
         return _spatial_call(self, folding.operands(weight, scale, shift, conv.weight.dtype, self.op))
+
+
+def empty_map(x: torch.Tensor, size: Sequence[Any], channels_last: bool = False) -> torch.Tensor:
+    """An uninitialised map of `size` in the memory format of an op's result on `x`."""
+    format_ = torch.channels_last if channels_last else memory_format_of(x)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=format_)
 
 
 def pointwise_call(

@@ -49,6 +49,7 @@ class Watch:
         "_hooked",
         "_live",
         "_modes",
+        "_modules",
         "_parameters",
         "_pointers",
         "_registered",
@@ -86,6 +87,7 @@ class Watch:
         self._pointers = list(map(_data_ptr, self._parameters))
         # keeps the storages, so that no other can come to lie at the same address
         self._anchors = [tensor.detach() for tensor in self._parameters]
+        self._modules = list(bypassed)
         self._states = [vars(module) for module in bypassed]
         self._sizes = sum(map(len, self._states))
         self._settings = _getters(bypassed, settings)
@@ -125,6 +127,10 @@ class Watch:
         if any(map(_training, self._modes)):
             return "an inner normalisation or dropout is in train mode"
         return ""
+
+    def watched(self) -> tuple[list[torch.Tensor], list[object]]:
+        """(the tensors, what holds them: modules and their dicts)."""
+        return self._tensors, [*self._live, *self._modules]
 
     def wants_grad(self) -> bool:
         """True if a parameter requires grad."""

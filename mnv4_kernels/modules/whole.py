@@ -53,6 +53,12 @@ class Whole:
             start = end
         return y
 
+    def fake(self, x: torch.Tensor) -> torch.Tensor:
+        """Uninitialised, like the result on `x`, whose sizes may be symbols."""
+        for part in self.parts:
+            x = part.fake(x)
+        return x
+
     def prepare(self) -> Call:
         """The program's call; the parts' own, one after the other, where the engine can't take them."""
         return self._program() or self._calls()

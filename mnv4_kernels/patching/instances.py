@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from ..modules import PLANS, Body, DropIn, leaves, make_room
+from ..modules import Body, DropIn, leave_room, leaves, make_room
 from .report import LEFT_ALONE, PARTLY, REPLACED, PatchReport, Row
 from .rules import Rule, rule_of
 
@@ -114,7 +114,7 @@ def _change(changes: list[tuple[nn.Module, type[nn.Module]]]) -> None:
 
 def _restore(module: nn.Module, cls: type[nn.Module]) -> None:
     module.__class__ = cls
-    vars(module).pop(PLANS, None)
+    leave_room(module)
 
 
 def _decide(
