@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "engine/phases.h"
 #include "kernels/conv/conv.h"
 
 namespace mnv4::engine {
@@ -9,9 +10,6 @@ namespace {
 
 // Plans kept for one engine; the least recently used goes first.
 constexpr size_t kPlans = 16;
-
-// Part of the last-level cache that the activations of the images in flight may take.
-constexpr double kCacheShare = 0.6;
 
 // How an array is packed, and the floats it then takes.
 struct Packing {
@@ -21,6 +19,9 @@ struct Packing {
   int kernel_h;
   int kernel_w;
   Storage type = Storage::kFloat32;
+  bool dilated = false;
+
+  ConvShape conv() const { return {inputs, kernel_h, kernel_w, dilated, type != Storage::kFloat32}; }
 
   int64_t bytes() const { return floats() * storage_bytes(type); }
 
@@ -33,7 +34,7 @@ struct Packing {
       case Layout::kDepthwise:
         return columns * taps;
       case Layout::kConv:
-        return columns * conv_depth(inputs, taps);
+        return columns * conv_depth(conv());
       case Layout::kProduct:
         return columns * round_up(inputs, kPanel);
     }
@@ -59,7 +60,7 @@ struct Packing {
         pack_panels(from.data, outputs, taps, taps, 1, to);
         break;
       case Layout::kConv:
-        pack_conv(from.data, outputs, inputs, kernel_h, kernel_w, to);
+        pack_conv(from.data, outputs, conv(), to);
         break;
       case Layout::kProduct:
         for (int64_t first = 0; first < outputs; first += kPanel) {
@@ -82,7 +83,7 @@ std::vector<Packing> packings(const Node& n, int64_t channels, Storage type) {
   };
   switch (n.what()) {
     case Kind::kConv:
-      return {{Layout::kConv, n.channels, channels, kh, kw, type}, vector(n.channels)};
+      return {{Layout::kConv, n.channels, channels, kh, kw, type, n.dilation_w != 1}, vector(n.channels)};
     case Kind::kDepthwise:
       return {{Layout::kDepthwise, n.channels, 1, kh, kw}, vector(n.channels)};
     case Kind::kPointwise:
@@ -114,20 +115,6 @@ std::vector<Packing> packings(const Node& n, int64_t channels, Storage type) {
 
 }  // namespace
 
-namespace {
-
-// A dense convolution that reads the caller's tensor reads float32, unless planes are made of it for others.
-bool reads_input(const Program& program, const Node& n) {
-  if (n.what() != Kind::kConv || n.input != 0) return false;
-  for (size_t i = 1; i < program.nodes.size(); ++i) {
-    const Node& other = program.nodes[i];
-    if (other.residual == 0 || (other.input == 0 && other.what() != Kind::kConv)) return false;
-  }
-  return true;
-}
-
-}  // namespace
-
 Engine::Engine(const Program& program, Storage compute) : program_(program), compute_(compute) {
   const size_t count = program_.nodes.size();
   std::vector<int64_t> channels(count, 0);
@@ -139,7 +126,7 @@ Engine::Engine(const Program& program, Storage compute) : program_(program), com
     const int64_t inputs = i == 0 ? n.channels : channels[static_cast<size_t>(n.input)];
     const bool keeps = n.what() == Kind::kPool || n.what() == Kind::kOutput;
     channels[i] = keeps ? inputs : n.channels;
-    layouts[i] = packings(n, inputs, reads_input(program_, n) ? Storage::kFloat32 : compute);
+    layouts[i] = packings(n, inputs, compute);
     for (const Packing& p : layouts[i]) {
       bytes += p.bytes();
       largest = std::max(largest, p.floats());
@@ -150,6 +137,7 @@ Engine::Engine(const Program& program, Storage compute) : program_(program), com
   char* to = weights_.data();
   packed_.resize(count);
   for (size_t i = 0; i < count; ++i) {
+    packed_[i].pairs = compute != Storage::kFloat32;
     for (size_t a = 0; a < layouts[i].size(); ++a) {
       layouts[i][a].pack(program_.arrays[static_cast<size_t>(program_.nodes[i].weight) + a],
                          reinterpret_cast<float*>(to));
@@ -192,19 +180,12 @@ std::shared_ptr<Plan> Engine::plan(const Shape& shape, int64_t workers, int64_t 
     return it->plan;
   }
   const Storage compute = gemm_has_bfloat16() ? compute_ : Storage::kFloat32;
-  auto made = std::make_shared<Plan>(program_, packed_for(compute), shape, workers, tag, compute);
+  // the last level is shared with other work, and glibc tells the socket's, not what these cores reach
+  const int64_t cache = workers * cpu::cache_sizes().l2;
+  auto made = std::make_shared<Plan>(program_, packed_for(compute), shape, workers, tag, compute, cache);
   plans_.push_front({shape, workers, tag, tier, made});
   if (plans_.size() > kPlans) plans_.pop_back();
   return made;
-}
-
-int64_t Engine::images_at_a_time(const Shape& shape, int64_t workers, int64_t tag) {
-  if (shape.images <= 1) return shape.images;
-  Shape one = shape;
-  one.images = 1;
-  const double bytes = static_cast<double>(plan(one, workers, tag)->arena_bytes());
-  const double budget = kCacheShare * static_cast<double>(cpu::cache_sizes().l3);
-  return std::clamp<int64_t>(static_cast<int64_t>(budget / bytes), 1, shape.images);
 }
 
 std::vector<Shape> Engine::output_shapes(const Shape& shape, int64_t workers, int64_t tag) {
@@ -217,12 +198,11 @@ std::vector<Shape> Engine::output_shapes(const Shape& shape, int64_t workers, in
 
 void Engine::run(const Shape& shape, const Input& input, const std::vector<float*>& outputs, int64_t workers,
                  int64_t tag, const ParallelRegion& parallel) {
-  const int64_t at_a_time = images_at_a_time(shape, workers, tag);
   std::vector<float*> out = outputs;
   Input in = input;
-  for (int64_t first = 0; first < shape.images; first += at_a_time) {
+  for (int64_t first = 0; first < shape.images; first += kMostImages) {
     Shape part = shape;
-    part.images = std::min(at_a_time, shape.images - first);
+    part.images = std::min(kMostImages, shape.images - first);
     const std::shared_ptr<Plan> chosen = plan(part, workers, tag);
     Memory memory = chosen->borrow();
     const Context context{memory.data(), in, out.data(), nullptr};
@@ -242,7 +222,7 @@ void Engine::run(const Shape& shape, const Input& input, const std::vector<float
 Engine::Profile Engine::profile(const Shape& shape, const Input& input, int64_t workers, int64_t tag, int64_t repeats,
                                 const ParallelRegion& parallel) {
   Shape part = shape;
-  part.images = images_at_a_time(shape, workers, tag);
+  part.images = std::min(kMostImages, shape.images);
   const std::shared_ptr<Plan> chosen = plan(part, workers, tag);
   std::vector<std::vector<float>> results;
   std::vector<float*> outputs;

@@ -60,7 +60,6 @@ class Engine {
 
   const std::vector<PackedNode>& packed_for(Storage compute);
   std::shared_ptr<Plan> plan(const Shape& shape, int64_t workers, int64_t tag);
-  int64_t images_at_a_time(const Shape& shape, int64_t workers, int64_t tag);
 
   Program program_;
   Storage compute_;

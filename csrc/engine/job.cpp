@@ -72,8 +72,10 @@ void Depthwise::run(const DwconvKernel& kernel, const void* x, void* out, int64_
 std::vector<Stream::Range> Job::weights(int64_t, int64_t) const { return {}; }
 int64_t Job::passes(int64_t, int64_t) const { return 0; }
 
-InputJob::InputJob(const Planes& y)
-    : Job(y.images * y.height, static_cast<double>(y.width * round_up(y.channels, kPanel))), y_(y) {}
+InputJob::InputJob(const Planes& y, int64_t first_image)
+    : Job(y.images * y.height, static_cast<double>(y.width * round_up(y.channels, kPanel))),
+      y_(y),
+      first_image_(first_image) {}
 
 void InputJob::run(const Context& context, int64_t begin, int64_t end, Worker&) const {
   const Input& in = context.input;
@@ -81,7 +83,7 @@ void InputJob::run(const Context& context, int64_t begin, int64_t end, Worker&) 
     const int64_t image = begin / y_.height;
     const int64_t row = begin % y_.height;
     for (int64_t block = 0; block < y_.blocks(); ++block) {
-      const float* x = in.data + image * in.image + row * in.row + block * in.block;
+      const float* x = in.data + (first_image_ + image) * in.image + row * in.row + block * in.block;
       void* y = y_.at(context.arena, image * y_.image() + block * y_.plane() + row * y_.width * kPanel);
       const int64_t channels = std::min<int64_t>(kPanel, y_.channels - block * kPanel);
       for (int64_t i = 0; i < y_.width; ++i) {
@@ -93,61 +95,95 @@ void InputJob::run(const Context& context, int64_t begin, int64_t end, Worker&) 
   }
 }
 
-ConvJob::ConvJob(const ConvArgs& args, const Planes& y, bool from_input, const Planes& x)
-    : Job(y.images * y.height, static_cast<double>(y.width * args.out_channels * args.channels)),
-      kernel_(gemm_kernel(from_input ? Storage::kFloat32 : x.type, y.type)),
-      args_(args),
-      y_(y),
-      from_input_(from_input),
-      x_(x) {
-  args_.y_pixel = kPanel;
-  args_.y_row = y.width * kPanel;
-  args_.y_panel = y.plane();
+namespace {
+
+double conv_row_cost(const ConvArgs& a) {
+  return static_cast<double>(a.out_width * a.out_channels * a.channels * a.kernel_h * a.kernel_w);
+}
+
+double conv_cost(const ConvJob::Spec& s) {
+  const double source = s.has_source ? conv_row_cost(s.source) * static_cast<double>(s.args.stride_h) : 0.0;
+  return conv_row_cost(s.args) + source;
+}
+
+Storage conv_compute(const ConvJob::Spec& s) { return s.from_input ? s.y.type : s.x.type; }
+
+int64_t conv_weight_bytes(const ConvArgs& a, Storage type) {
+  return conv_depth(a.shape()) * round_up(a.out_channels, kPanel) * storage_bytes(type);
+}
+
+}  // namespace
+
+ConvJob::ConvJob(Spec spec)
+    : Job(spec.y.images * spec.y.height, conv_cost(spec)),
+      spec_(std::move(spec)),
+      kernel_(gemm_kernel(conv_compute(spec_), spec_.y.type)),
+      source_kernel_(gemm_kernel(conv_compute(spec_), conv_compute(spec_))) {
+  ConvArgs& a = spec_.args;
+  a.y_pixel = kPanel;
+  a.y_row = spec_.y.width * kPanel;
+  a.y_panel = spec_.y.plane();
   // whole panels: the padded channels of the result are zeros
-  args_.out_channels = round_up(y.channels, kPanel);
-  if (!from_input) {
-    args_.x_block = x.plane();
-    args_.x_row = x.width * kPanel;
-    args_.x_pixel = kPanel;
-    args_.x_channel = 1;
+  a.out_channels = round_up(spec_.y.channels, kPanel);
+  a.x_type = spec_.source.x_type = conv_compute(spec_);
+  if (spec_.from_input) {
+    outer().x_type = Storage::kFloat32;
+  } else {
+    outer().x_block = spec_.x.plane();
+    outer().x_row = spec_.x.width * kPanel;
+    outer().x_pixel = kPanel;
+    outer().x_channel = 1;
   }
 }
 
+int64_t ConvJob::scratch_floats() const {
+  return conv_scratch(spec_.args) + (spec_.has_source ? conv_scratch(spec_.source) : 0);
+}
+
 void ConvJob::run(const Context& context, int64_t begin, int64_t end, Worker& worker) const {
+  const Planes& y = spec_.y;
   while (begin < end) {
-    const int64_t image = begin / y_.height;
-    const int64_t row = begin % y_.height;
-    const int64_t rows = std::min(y_.height - row, end - begin);
-    ConvArgs a = args_;
-    if (from_input_) {
+    const int64_t image = begin / y.height;
+    const int64_t first = begin % y.height;
+    const int64_t rows = std::min(y.height - first, end - begin);
+    ConvArgs args = spec_.args;
+    ConvArgs source_args = spec_.source;
+    ConvArgs& reader = spec_.has_source ? source_args : args;
+    if (spec_.from_input) {
       const Input& in = context.input;
-      a.x = in.data + image * in.image;
-      a.x_channel = in.channel;
-      a.x_block = in.block;
-      a.x_row = in.row;
-      a.x_pixel = in.pixel;
+      reader.x = in.data + (spec_.first_image + image) * in.image;
+      reader.x_channel = in.channel;
+      reader.x_block = in.block;
+      reader.x_row = in.row;
+      reader.x_pixel = in.pixel;
     } else {
-      a.x = x_.at(context.arena, image * x_.image());
+      reader.x = spec_.x.at(context.arena, image * spec_.x.image());
     }
-    a.y = y_.at(context.arena, image * y_.image());
-    a.stream = &worker.stream;
-    conv(kernel_, a, row, row + rows, worker.scratch);
+    args.stream = source_args.stream = &worker.stream;
+    const auto walk = [&](ConvRows& conv) {
+      for (int64_t oy = first; oy < first + rows; ++oy) {
+        conv.row(oy, y.at(context.arena, image * y.image() + oy * args.y_row));
+      }
+    };
+    if (spec_.has_source) {
+      ConvRows source(source_kernel_, source_args, worker.scratch + conv_scratch(args));
+      ConvRows conv(kernel_, args, worker.scratch, &source);
+      walk(conv);
+    } else {
+      ConvRows conv(kernel_, args, worker.scratch);
+      walk(conv);
+    }
     begin += rows;
   }
 }
 
-int64_t ConvJob::weight_bytes() const {
-  const int64_t depth = conv_depth(args_.channels, static_cast<int64_t>(args_.kernel_h) * args_.kernel_w);
-  return depth * args_.out_channels * storage_bytes(kernel_.input);
-}
-
 std::vector<Stream::Range> ConvJob::weights(int64_t begin, int64_t end) const {
   if (begin == end) return {};
-  return {{args_.weight, weight_bytes()}};
+  return {{spec_.args.weight, conv_weight_bytes(spec_.args, kernel_.input)}};
 }
 
 int64_t ConvJob::passes(int64_t begin, int64_t end) const {
-  return (end - begin) * div_up(y_.width, kernel_.max_rows) * weight_bytes();
+  return (end - begin) * div_up(spec_.y.width, kernel_.max_rows) * conv_weight_bytes(spec_.args, kernel_.input);
 }
 
 namespace {
@@ -404,8 +440,8 @@ std::vector<Stream::Range> LinearJob::weights(int64_t begin, int64_t end) const 
 // Memory bounds it: nothing can be fetched meanwhile.
 int64_t LinearJob::passes(int64_t, int64_t) const { return 0; }
 
-OutputJob::OutputJob(const Planes& x, int64_t index)
-    : Job(x.images * x.blocks(), static_cast<double>(x.plane())), x_(x), index_(index) {}
+OutputJob::OutputJob(const Planes& x, int64_t index, int64_t first_image)
+    : Job(x.images * x.blocks(), static_cast<double>(x.plane())), x_(x), index_(index), first_image_(first_image) {}
 
 void OutputJob::run(const Context& context, int64_t begin, int64_t end, Worker& worker) const {
   float* scratch = worker.scratch;
@@ -420,7 +456,7 @@ void OutputJob::run(const Context& context, int64_t begin, int64_t end, Worker& 
       pointwise_kernels().widen(plane, x_.type, scratch, x_.plane());
       x = scratch;
     }
-    float* y = context.outputs[index_] + (image * x_.channels + first) * pixels;
+    float* y = context.outputs[index_] + ((first_image_ + image) * x_.channels + first) * pixels;
     for (int64_t c = 0; c < channels; ++c) {
       for (int64_t p = 0; p < pixels; ++p) y[c * pixels + p] = x[p * kPanel + c];
     }

@@ -32,7 +32,7 @@ struct Planes {
   void* at(char* arena, int64_t i) const { return advance(static_cast<void*>(arena + offset), type, i); }
 };
 
-// The caller's input, strides in floats.
+// The caller's input, strides in floats. Jobs that touch it or the caller's results know the first of their images.
 struct Input {
   const float* data;
   ptrdiff_t image;
@@ -92,31 +92,40 @@ struct Depthwise {
 // The caller's input to planes, for a program that doesn't begin with a dense convolution; a unit is an input row.
 class InputJob : public Job {
  public:
-  explicit InputJob(const Planes& y);
+  InputJob(const Planes& y, int64_t first_image);
   void run(const Context& context, int64_t begin, int64_t end, Worker& worker) const override;
 
  private:
   Planes y_;
+  int64_t first_image_;
 };
 
-// Dense convolution; a unit is an output row of an image.
+// Dense convolution, and the one before it where nobody else reads that one's rows; a unit is an output row of an
+// image.
 class ConvJob : public Job {
  public:
-  ConvJob(const ConvArgs& args, const Planes& y, bool from_input, const Planes& x);
+  struct Spec {
+    ConvArgs args{};          // without x, y and their strides
+    bool from_input = false;  // else from x
+    Planes x;
+    int64_t first_image = 0;
+    bool has_source = false;  // then x is the source's
+    ConvArgs source{};
+    Planes y;
+  };
+  explicit ConvJob(Spec spec);
   void run(const Context& context, int64_t begin, int64_t end, Worker& worker) const override;
-  int64_t scratch_floats() const override { return conv_scratch(args_); }
-
+  int64_t scratch_floats() const override;
   std::vector<Stream::Range> weights(int64_t begin, int64_t end) const override;
   int64_t passes(int64_t begin, int64_t end) const override;
 
  private:
-  int64_t weight_bytes() const;
+  // The convolution that reads x.
+  ConvArgs& outer() { return spec_.has_source ? spec_.source : spec_.args; }
 
+  Spec spec_;
   const GemmKernel& kernel_;
-  ConvArgs args_;
-  Planes y_;
-  bool from_input_;
-  Planes x_;
+  const GemmKernel& source_kernel_;
 };
 
 // The left operand or the result of a product: planes, or rows of a plain matrix.
@@ -265,13 +274,14 @@ class LinearJob : public Job {
 // The caller's NCHW result from planes or from rows; a unit is 16 channels of an image.
 class OutputJob : public Job {
  public:
-  OutputJob(const Planes& x, int64_t index);
+  OutputJob(const Planes& x, int64_t index, int64_t first_image);
   void run(const Context& context, int64_t begin, int64_t end, Worker& worker) const override;
   int64_t scratch_floats() const override { return x_.plane(); }
 
  private:
   Planes x_;
   int64_t index_;
+  int64_t first_image_;
 };
 
 }  // namespace mnv4::engine

@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <stdexcept>
-#include <string>
 
 #include "engine/arena.h"
+#include "engine/layout.h"
+#include "engine/phases.h"
 
 namespace mnv4::engine {
 namespace {
@@ -14,15 +14,10 @@ namespace {
 // Workers may wait this part of a fused step for the one with a panel more.
 constexpr double kFusionImbalance = 0.06;
 
-// Weights are fetched this long before they are used, and no faster than this; in bytes that tiles pass through, of
-// which a core does about 16 GB/s.
-constexpr double kLead = 64 << 10;
-constexpr double kFetchRate = 0.5;
-
-// One node alone, or a pointwise node and what runs on its panels.
+// One node alone, or a pointwise node and what runs on its panels, or a dense convolution and the reader of its rows.
 struct Group {
   int64_t head = 0;
-  int64_t rider = -1;  // depthwise or pool
+  int64_t rider = -1;  // depthwise or pool; behind a dense convolution another one
 };
 
 }  // namespace
@@ -30,131 +25,56 @@ struct Group {
 class Planner {
  public:
   Planner(Plan& plan, const Program& program, const std::vector<PackedNode>& packed, const Shape& input, int64_t tag,
-          Storage compute)
+          Storage compute, int64_t cache_bytes)
       : plan_(plan),
-        program_(program),
         packed_(packed),
         compute_(compute),
-        shapes_(program.nodes.size()),
-        offsets_(program.nodes.size(), 0),
-        pads_(program.nodes.size()),
-        needed_(program.nodes.size(), false) {
-    find_needed(tag);
-    infer_shapes(input);
+        layout_(program, input, tag, compute),
+        images_(input.images),
+        chunk_(images_at_a_time(layout_, input.images, cache_bytes)),
+        place_(program.nodes.size()),
+        offsets_(program.nodes.size()),
+        output_(program.nodes.size(), 0) {
+    find_outputs();
     group_nodes();
     place_nodes();
-    for (size_t g = 0; g < groups_.size(); ++g) emit(groups_[g], static_cast<int64_t>(g));
-    share_steps();
-    for (int64_t w = 0; w < plan_.workers_; ++w) fetch_ahead(static_cast<size_t>(w));
+    emit_phases();
+    share(plan_.steps_, plan_.workers_);
+    fetch_ahead(plan_.steps_, plan_.workers_);
+    for (const Step& step : plan_.steps_) {
+      for (const auto& job : step.jobs) plan_.scratch_floats_ = std::max(plan_.scratch_floats_, job->scratch_floats());
+    }
+    plan_.scratch_floats_ = round_up(plan_.scratch_floats_, kPanel) + kPanel;
     plan_.arena_bytes_ = arena_.total();
   }
 
  private:
-  struct Pads {
-    int top = 0, left = 0;
-  };
-
-  const Node& node(int64_t id) const { return program_.nodes[static_cast<size_t>(id)]; }
-  const Shape& shape(int64_t id) const { return shapes_[static_cast<size_t>(id)]; }
+  const Node& node(int64_t id) const { return layout_.node(id); }
   const void* weight(int64_t id, size_t i) const { return packed_[static_cast<size_t>(id)].arrays[i]; }
   const float* array(int64_t id, size_t i) const { return static_cast<const float*>(weight(id, i)); }
-  bool from_input(int64_t id) const { return node(id).what() == Kind::kInput && !input_needs_planes(); }
+  bool from_input(int64_t id) const { return node(id).what() == Kind::kInput && !layout_.input_needs_planes(); }
+  int64_t chunk(const Group& group) const { return chunk_[static_cast<size_t>(group.head)]; }
 
+  // Where a node's planes live, and for how many images: those of one turn of its phase, or of the whole batch where
+  // another phase reads them.
+  struct Place {
+    int64_t offset = 0;
+    bool whole = false;
+  };
+
+  // The planes of the images that the present turn computes.
   Planes planes(int64_t id) const {
-    const Shape& s = shape(id);
-    Planes p{offsets_[static_cast<size_t>(id)], compute_, s.images, s.channels, s.height, s.width};
-    if (is_result(id) || feeds_rider(id)) p.type = Storage::kFloat32;
+    const Place& place = place_[static_cast<size_t>(id)];
+    Planes p = layout_.planes(id, turn_images_);
+    p.offset = place.offset + (place.whole ? first_image_ * layout_.image_bytes(id) : 0);
     return p;
   }
 
-  // Logits and features are handed out as they were summed.
-  bool is_result(int64_t id) const {
-    if (node(id).what() != Kind::kLinear) return false;
-    for (size_t i = static_cast<size_t>(id) + 1; i < needed_.size(); ++i) {
-      if (program_.nodes[i].input == id && program_.nodes[i].what() != Kind::kOutput) return false;
-    }
-    return true;
-  }
-
-  // A product that only the depthwise or the pool right behind it reads stays as it was summed, whether they run as one
-  // step, which depends on the number of workers, or as two: the same bits either way. Kernels add residuals of their
-  // output's type, so beside one in bfloat16 the sum can't stay in float32.
-  bool feeds_rider(int64_t id) const {
-    const auto next = static_cast<size_t>(id) + 1;
-    if (node(id).what() != Kind::kPointwise || next >= needed_.size() || !needed_[next]) return false;
-    const Node& rider = program_.nodes[next];
-    const bool rides = rider.what() == Kind::kDepthwise || rider.what() == Kind::kPool;
-    const bool same_type = compute_ == Storage::kFloat32 || node(id).residual < 0;
-    return rides && rider.input == id && reads_of(id) == 1 && same_type;
-  }
-
-  static int64_t axis(int64_t size, int64_t kernel, int64_t stride, int64_t before, int64_t after, int64_t dilation) {
-    const int64_t reach = size + before + after - dilation * (kernel - 1) - 1;
-    if (reach < 0) {
-      throw std::invalid_argument("`x` must be large enough for the network: a kernel of " + std::to_string(kernel) +
-                                  " does not fit a map of " + std::to_string(size) + " pixels");
-    }
-    return reach / stride + 1;
-  }
-
-  // TF 'same': the output covers ceil(size / stride) steps, the odd pixel of padding goes behind
-  static int64_t same_pads(int64_t size, int64_t kernel, int64_t stride, int64_t dilation) {
-    const int64_t reach = (div_up(size, stride) - 1) * stride + (kernel - 1) * dilation + 1;
-    return std::max<int64_t>(0, reach - size);
-  }
-
-  // What the outputs of `tag` depend on; the rest is not computed.
-  void find_needed(int64_t tag) {
-    for (size_t i = needed_.size(); i-- > 0;) {
-      const Node& n = program_.nodes[i];
-      if (n.what() == Kind::kOutput) needed_[i] = n.channels == tag;
-      if (!needed_[i]) continue;
-      for (int64_t source : {n.input, n.residual}) {
-        if (source >= 0) needed_[static_cast<size_t>(source)] = true;
-      }
-    }
-  }
-  bool needed(int64_t id) const { return needed_[static_cast<size_t>(id)]; }
-
-  void infer_shapes(const Shape& input) {
-    for (size_t i = 0; i < program_.nodes.size(); ++i) {
-      const Node& n = program_.nodes[i];
-      Shape s = i == 0 ? input : shape(n.input);
-      switch (n.what()) {
-        case Kind::kInput:
-          break;
-        case Kind::kConv:
-        case Kind::kDepthwise: {
-          int64_t top = n.pad_top, bottom = n.pad_bottom, left = n.pad_left, right = n.pad_right;
-          if (static_cast<PadMode>(n.pad_mode) == PadMode::kSame) {
-            const int64_t high = same_pads(s.height, n.kernel_h, n.stride_h, n.dilation_h);
-            const int64_t wide = same_pads(s.width, n.kernel_w, n.stride_w, n.dilation_w);
-            top = high / 2;
-            bottom = high - top;
-            left = wide / 2;
-            right = wide - left;
-          }
-          pads_[i] = {static_cast<int>(top), static_cast<int>(left)};
-          s.height = axis(s.height, n.kernel_h, n.stride_h, top, bottom, n.dilation_h);
-          s.width = axis(s.width, n.kernel_w, n.stride_w, left, right, n.dilation_w);
-          s.channels = n.channels;
-          break;
-        }
-        case Kind::kPointwise:
-        case Kind::kLinear:
-        case Kind::kAttention:
-          s.channels = n.channels;
-          break;
-        case Kind::kPool:
-          s.height = 1;
-          s.width = 1;
-          s.vector = true;
-          break;
-        case Kind::kOutput:
-          if (needed_[i]) plan_.outputs_.push_back(s);
-          break;
-      }
-      shapes_[i] = s;
+  void find_outputs() {
+    for (int64_t id = 0; id < layout_.count(); ++id) {
+      if (node(id).what() != Kind::kOutput || !layout_.needed(id)) continue;
+      output_[static_cast<size_t>(id)] = static_cast<int64_t>(plan_.outputs_.size());
+      plan_.outputs_.push_back(layout_.shape(id));
     }
   }
 
@@ -164,59 +84,63 @@ class Planner {
     return rounds / static_cast<double>(units) <= 1.0 + kFusionImbalance;
   }
 
-  // A leading dense convolution reads the caller's tensor as it lies; anything else wants planes.
-  bool input_needs_planes() const {
-    for (size_t i = 1; i < needed_.size(); ++i) {
-      const Node& n = program_.nodes[i];
-      const bool reads = n.residual == 0 || (n.input == 0 && n.what() != Kind::kConv);
-      if (needed_[i] && reads) return true;
-    }
-    return false;
-  }
-
   void group_nodes() {
-    const int64_t count = static_cast<int64_t>(program_.nodes.size());
-    if (input_needs_planes()) groups_.push_back({0, -1});
-    for (int64_t i = 1; i < count; ++i) {
-      if (!needed(i)) continue;
+    if (layout_.input_needs_planes()) groups_.push_back({0, -1});
+    for (int64_t i = 1; i < layout_.count(); ++i) {
+      if (!layout_.needed(i)) continue;
       Group group{i, -1};
-      const bool candidate =
-          node(i).what() == Kind::kPointwise && i + 1 < count && needed(i + 1) && node(i + 1).input == i;
-      if (candidate) {
+      const bool followed = i + 1 < layout_.count() && layout_.needed(i + 1) && node(i + 1).input == i;
+      if (followed && layout_.feeds_conv(i)) {
+        group.rider = ++i;
+      } else if (followed && node(i).what() == Kind::kPointwise) {
         const Kind next = node(i + 1).what();
         const bool rides = next == Kind::kDepthwise || next == Kind::kPool;
-        const Shape& s = shape(i);
         // a mean rides only on a result that nobody else reads
         const bool kept = next == Kind::kPool && !is_transient({i, i + 1});
-        if (rides && !kept && balanced(s.images * div_up(s.channels, kPanel))) group.rider = ++i;
+        if (rides && !kept && balanced(chunk(group) * div_up(layout_.shape(i).channels, kPanel))) group.rider = ++i;
       }
       groups_.push_back(group);
     }
   }
 
-  int64_t reads_of(int64_t id) const {
-    int64_t reads = 0;
-    for (size_t i = 0; i < needed_.size(); ++i) {
-      const Node& n = program_.nodes[i];
-      if (needed_[i] && i > 0) reads += (n.input == id) + (n.residual == id);
-    }
-    return reads;
+  // A result that only its rider reads never leaves the worker's cache.
+  bool is_transient(const Group& group) const {
+    return group.rider >= 0 && (layout_.feeds_rider(group.head) || layout_.feeds_conv(group.head));
   }
 
-  // A pointwise result that only its rider reads never leaves the worker's cache.
-  bool is_transient(const Group& group) const { return group.rider >= 0 && feeds_rider(group.head); }
+  // First group behind the phase of group g: groups of a phase take as many images at a time.
+  size_t phase_end(size_t g) const {
+    size_t end = g + 1;
+    while (end < groups_.size() && chunk(groups_[end]) == chunk(groups_[g])) ++end;
+    return end;
+  }
 
   void place_nodes() {
-    std::vector<int64_t> born(shapes_.size(), 0);
-    std::vector<int64_t> last(shapes_.size(), 0);
+    struct Life {
+      int64_t phase = 0;  // first group of the phase that writes it
+      int64_t born = 0;
+      int64_t last = 0;
+      bool whole = false;
+    };
+    std::vector<Life> lives(place_.size());
+    size_t end = 0;
+    size_t begin = 0;
     for (size_t g = 0; g < groups_.size(); ++g) {
+      if (g == end) {
+        begin = g;
+        end = phase_end(g);
+      }
+      const auto now = static_cast<int64_t>(g);
+      const auto phase = static_cast<int64_t>(begin);
       for (int64_t id : {groups_[g].head, groups_[g].rider}) {
         if (id < 0) continue;
-        const int64_t now = static_cast<int64_t>(g);
-        born[static_cast<size_t>(id)] = now;
-        last[static_cast<size_t>(id)] = now;
+        lives[static_cast<size_t>(id)] = {phase, now, now, false};
         for (int64_t source : {node(id).input, node(id).residual}) {
-          if (source >= 0) last[static_cast<size_t>(source)] = now;
+          if (source < 0) continue;
+          Life& life = lives[static_cast<size_t>(source)];
+          life.whole = life.whole || life.phase != phase;
+          // a phase takes turns: what crosses its border lives as long as all of them
+          life.last = life.phase != phase ? static_cast<int64_t>(end) - 1 : now;
         }
       }
     }
@@ -224,8 +148,21 @@ class Planner {
       for (int64_t id : {group.head, group.rider}) {
         const bool skip = id < 0 || node(id).what() == Kind::kOutput || (id == group.head && is_transient(group));
         if (skip) continue;
-        const auto i = static_cast<size_t>(id);
-        offsets_[i] = arena_.place(planes(id).bytes(), born[i], last[i]);
+        const Life& life = lives[static_cast<size_t>(id)];
+        const int64_t images = life.whole ? images_ : std::min(chunk(group), images_);
+        const int64_t bytes = images * layout_.image_bytes(id);
+        const int64_t offset = arena_.place(bytes, life.whole ? life.phase : life.born, life.last);
+        place_[static_cast<size_t>(id)] = {offset, life.whole};
+      }
+    }
+  }
+
+  void emit_phases() {
+    for (size_t begin = 0; begin < groups_.size(); begin = phase_end(begin)) {
+      const int64_t turn = chunk(groups_[begin]);
+      for (first_image_ = 0; first_image_ < images_; first_image_ += turn) {
+        turn_images_ = std::min(turn, images_ - first_image_);
+        for (size_t g = begin; g < phase_end(begin); ++g) emit(groups_[g], static_cast<int64_t>(g));
       }
     }
   }
@@ -237,7 +174,8 @@ class Planner {
     plan_.steps_.back().part = part;
   }
 
-  Depthwise depthwise(int64_t id, const Planes& x, const Planes& y, const float* weight, const float* bias) const {
+  Depthwise depthwise(int64_t id, const Pads& pads, const Planes& x, const Planes& y, const float* weight,
+                      const float* bias) const {
     const Node& n = node(id);
     Depthwise dw;
     dw.args.height = x.height;
@@ -248,8 +186,8 @@ class Planner {
     dw.args.kernel_w = static_cast<int>(n.kernel_w);
     dw.args.stride_h = static_cast<int>(n.stride_h);
     dw.args.stride_w = static_cast<int>(n.stride_w);
-    dw.args.pad_top = pads_[static_cast<size_t>(id)].top;
-    dw.args.pad_left = pads_[static_cast<size_t>(id)].left;
+    dw.args.pad_top = pads.top;
+    dw.args.pad_left = pads.left;
     dw.args.dilation_h = static_cast<int>(n.dilation_h);
     dw.args.dilation_w = static_cast<int>(n.dilation_w);
     dw.args.act = n.activation();
@@ -275,15 +213,16 @@ class Planner {
     switch (n.what()) {
       case Kind::kInput:
         step(group.head, "input");
-        add(std::make_unique<InputJob>(planes(group.head)));
+        add(std::make_unique<InputJob>(planes(group.head), first_image_));
         break;
       case Kind::kConv:
-        emit_conv(group.head);
+        emit_conv(group);
         break;
       case Kind::kDepthwise: {
         step(group.head, "depthwise");
         const Planes x = planes(n.input);
-        Depthwise dw = depthwise(group.head, x, planes(group.head), array(group.head, 0), array(group.head, 1));
+        Depthwise dw = depthwise(group.head, layout_.pads(group.head), x, planes(group.head), array(group.head, 0),
+                                 array(group.head, 1));
         add(std::make_unique<DepthwiseJob>(x, std::move(dw)));
         break;
       }
@@ -304,36 +243,51 @@ class Planner {
         break;
       case Kind::kOutput:
         step(group.head, "output");
-        add(std::make_unique<OutputJob>(planes(n.input), outputs_done_++));
+        add(std::make_unique<OutputJob>(planes(n.input), output_[static_cast<size_t>(group.head)], first_image_));
         break;
     }
   }
 
-  void emit_conv(int64_t id) {
+  // Without x, y and their strides.
+  ConvArgs conv_args(int64_t id) const {
     const Node& n = node(id);
-    const Planes y = planes(id);
-    const Shape& in = shape(n.input);
+    const Shape& in = layout_.shape(n.input);
+    const Shape& out = layout_.shape(id);
     ConvArgs a{};
     a.channels = in.channels;
     a.height = in.height;
     a.width = in.width;
     a.weight = weight(id, 0);
     a.bias = array(id, 1);
-    a.out_channels = y.channels;
-    a.out_height = y.height;
-    a.out_width = y.width;
+    a.out_channels = out.channels;
+    a.out_height = out.height;
+    a.out_width = out.width;
     a.kernel_h = static_cast<int>(n.kernel_h);
     a.kernel_w = static_cast<int>(n.kernel_w);
     a.stride_h = static_cast<int>(n.stride_h);
     a.stride_w = static_cast<int>(n.stride_w);
-    a.pad_top = pads_[static_cast<size_t>(id)].top;
-    a.pad_left = pads_[static_cast<size_t>(id)].left;
+    a.pad_top = layout_.pads(id).top;
+    a.pad_left = layout_.pads(id).left;
     a.dilation_h = static_cast<int>(n.dilation_h);
     a.dilation_w = static_cast<int>(n.dilation_w);
     a.act = n.activation();
-    step(id, "conv");
-    const bool external = from_input(n.input);
-    add(std::make_unique<ConvJob>(a, y, external, external ? Planes{} : planes(n.input)));
+    a.pairs = packed_[static_cast<size_t>(id)].pairs;
+    return a;
+  }
+
+  void emit_conv(const Group& group) {
+    ConvJob::Spec spec;
+    spec.has_source = group.rider >= 0;
+    const int64_t last = spec.has_source ? group.rider : group.head;
+    const int64_t x = node(group.head).input;
+    spec.args = conv_args(last);
+    if (spec.has_source) spec.source = conv_args(group.head);
+    spec.from_input = from_input(x);
+    if (!spec.from_input) spec.x = planes(x);
+    spec.first_image = first_image_;
+    spec.y = planes(last);
+    step(group.head, spec.has_source ? "conv+conv" : "conv");
+    add(std::make_unique<ConvJob>(std::move(spec)));
   }
 
   void emit_pointwise(const Group& group) {
@@ -351,8 +305,9 @@ class Planner {
       spec.residual = Matrix::of(planes(n.residual));
     }
     if (group.rider >= 0 && node(group.rider).what() == Kind::kDepthwise) {
-      spec.dw = std::make_unique<Depthwise>(depthwise(group.rider, planes(group.head), planes(group.rider),
-                                                      array(group.rider, 0), array(group.rider, 1)));
+      spec.dw =
+          std::make_unique<Depthwise>(depthwise(group.rider, layout_.pads(group.rider), planes(group.head),
+                                                planes(group.rider), array(group.rider, 0), array(group.rider, 1)));
     } else if (group.rider >= 0) {
       spec.mean = true;
       spec.mean_y = planes(group.rider);
@@ -368,7 +323,13 @@ class Planner {
     const Matrix rows = Matrix::of(x);
     const int64_t images = x.images;
     const bool downsampled = n.kernel_h > 0;
-    const auto place = [&](int64_t bytes) { return arena_.place(bytes, now, now); };
+    // later turns use the first one's buffers
+    std::vector<int64_t>& offsets = offsets_[static_cast<size_t>(id)];
+    size_t used = 0;
+    const auto place = [&](int64_t bytes) {
+      if (used == offsets.size()) offsets.push_back(arena_.place(bytes, now, now));
+      return offsets[used++];
+    };
     enum : size_t {
       kScale,
       kShift,
@@ -395,24 +356,18 @@ class Planner {
     Matrix key_source = rows;
     Matrix value_source = rows;
     if (downsampled) {
+      Pads pads;
+      const Shape small = layout_.downsampled(id, &pads);
       Planes down = x;
-      Pads& pads = pads_[static_cast<size_t>(id)];
-      if (static_cast<PadMode>(n.pad_mode) == PadMode::kSame) {
-        down.height = div_up(x.height, n.stride_h);
-        down.width = div_up(x.width, n.stride_w);
-        pads.top = static_cast<int>(same_pads(x.height, n.kernel_h, n.stride_h, n.dilation_h) / 2);
-        pads.left = static_cast<int>(same_pads(x.width, n.kernel_w, n.stride_w, n.dilation_w) / 2);
-      } else {
-        down.height = axis(x.height, n.kernel_h, n.stride_h, n.pad_top, n.pad_bottom, n.dilation_h);
-        down.width = axis(x.width, n.kernel_w, n.stride_w, n.pad_left, n.pad_right, n.dilation_w);
-        pads = {static_cast<int>(n.pad_top), static_cast<int>(n.pad_left)};
-      }
+      down.height = small.height;
+      down.width = small.width;
       Planes key_down = down, value_down = down;
       key_down.offset = place(down.bytes());
       value_down.offset = place(down.bytes());
-      add(std::make_unique<DownsampleJob>(x, array(id, kScale), array(id, kShift),
-                                          depthwise(id, x, key_down, array(id, kKeyDown), array(id, kKeyShift)),
-                                          depthwise(id, x, value_down, array(id, kValueDown), array(id, kValueShift))));
+      add(std::make_unique<DownsampleJob>(
+          x, array(id, kScale), array(id, kShift),
+          depthwise(id, pads, x, key_down, array(id, kKeyDown), array(id, kKeyShift)),
+          depthwise(id, pads, x, value_down, array(id, kValueDown), array(id, kValueShift))));
       key_source = Matrix::of(key_down);
       value_source = Matrix::of(value_down);
       step(id, "key, value");
@@ -458,88 +413,26 @@ class Planner {
 
   const float* zeros(int64_t floats) { return plan_.zeros_.emplace_back(static_cast<size_t>(floats), 0.0f).data(); }
 
-  // Each worker's share of a step is a contiguous run of its jobs' units, of equal cost.
-  void share_steps() {
-    for (Step& step : plan_.steps_) {
-      double total = 0.0;
-      for (const auto& job : step.jobs) total += static_cast<double>(job->units) * job->unit_cost;
-      double before = 0.0;
-      for (const auto& job : step.jobs) {
-        std::vector<int64_t> bounds;
-        for (int64_t w = 0; w <= plan_.workers_; ++w) {
-          const double target = total * static_cast<double>(w) / static_cast<double>(plan_.workers_) - before;
-          const auto unit = static_cast<int64_t>(std::llround(target / job->unit_cost));
-          bounds.push_back(std::clamp<int64_t>(unit, 0, job->units));
-        }
-        bounds.front() = 0;
-        bounds.back() = job->units;
-        step.bounds.push_back(std::move(bounds));
-        before += static_cast<double>(job->units) * job->unit_cost;
-        plan_.scratch_floats_ = std::max(plan_.scratch_floats_, job->scratch_floats());
-      }
-    }
-    plan_.scratch_floats_ = round_up(plan_.scratch_floats_, kPanel) + kPanel;
-  }
-
-  // When each range of weights that worker w will read is fetched: as late as possible, kLead before its use, no
-  // faster than kFetchRate. Time is counted in bytes of weights that tiles pass through.
-  void fetch_ahead(size_t w) {
-    struct Use {
-      Stream::Range range;
-      double time;
-    };
-    std::vector<Use> uses;
-    std::vector<double> starts;
-    double now = 0.0;
-    for (Step& step : plan_.steps_) {
-      step.ahead.resize(static_cast<size_t>(plan_.workers_));
-      starts.push_back(now);
-      for (size_t j = 0; j < step.jobs.size(); ++j) {
-        const int64_t begin = step.bounds[j][w];
-        const int64_t end = step.bounds[j][w + 1];
-        const std::vector<Stream::Range> ranges = step.jobs[j]->weights(begin, end);
-        const auto passes = static_cast<double>(step.jobs[j]->passes(begin, end));
-        for (size_t r = 0; r < ranges.size(); ++r) {
-          uses.push_back({ranges[r], now + passes * static_cast<double>(r) / static_cast<double>(ranges.size())});
-        }
-        now += passes;
-      }
-    }
-    starts.push_back(now);
-    double limit = now;
-    size_t s = plan_.steps_.size();
-    for (size_t i = uses.size(); i-- > 0;) {
-      limit = std::min(limit, uses[i].time - kLead) - static_cast<double>(uses[i].range.bytes) / kFetchRate;
-      if (limit < 0.0) break;
-      while (s > 0 && (s == plan_.steps_.size() || starts[s] > limit)) --s;
-      plan_.steps_[s].ahead[w].ranges.push_back(uses[i].range);
-    }
-    for (size_t i = 0; i < plan_.steps_.size(); ++i) {
-      Step::Ahead& ahead = plan_.steps_[i].ahead[w];
-      std::reverse(ahead.ranges.begin(), ahead.ranges.end());
-      double bytes = 0.0;
-      for (const Stream::Range& r : ahead.ranges) bytes += static_cast<double>(r.bytes);
-      ahead.rate = std::min(1.0, bytes / std::max(1.0, starts[i + 1] - starts[i]));
-    }
-  }
-
   Plan& plan_;
-  const Program& program_;
   const std::vector<PackedNode>& packed_;
   const Storage compute_;
-  std::vector<Shape> shapes_;
-  std::vector<int64_t> offsets_;
-  std::vector<Pads> pads_;
-  std::vector<bool> needed_;
+  const Layout layout_;
+  const int64_t images_;
+  const std::vector<int64_t> chunk_;
+  std::vector<Place> place_;
+  std::vector<std::vector<int64_t>> offsets_;  // [attention][buffer]
+  std::vector<int64_t> output_;
   std::vector<Group> groups_;
   ArenaLayout arena_;
-  int64_t outputs_done_ = 0;
+  // the turn that is being emitted
+  int64_t first_image_ = 0;
+  int64_t turn_images_ = 0;
 };
 
 Plan::Plan(const Program& program, const std::vector<PackedNode>& packed, const Shape& input, int64_t workers,
-           int64_t tag, Storage compute)
+           int64_t tag, Storage compute, int64_t cache_bytes)
     : workers_(workers) {
-  Planner(*this, program, packed, input, tag, compute);
+  Planner(*this, program, packed, input, tag, compute, cache_bytes);
 }
 
 void Plan::run(const Context& context, Barrier& barrier, int64_t begin, int64_t end, float* scratch) const {

@@ -6,45 +6,24 @@
 #include <mutex>
 #include <vector>
 
-#include "engine/job.h"
+#include "engine/layout.h"
 #include "engine/memory.h"
 #include "engine/program.h"
+#include "engine/shares.h"
 #include "engine/team.h"
 
 namespace mnv4::engine {
 
-struct Shape {
-  int64_t images = 0;
-  int64_t channels = 0;
-  int64_t height = 0;
-  int64_t width = 0;
-  // behind the pool: [images, channels] instead of a map
-  bool vector = false;
-};
-
 // A node's arrays in the order in which the kernels read them.
 struct PackedNode {
   std::vector<const void*> arrays;
-};
-
-struct Step {
-  int64_t node = 0;       // the program's node that it computes, or begins with
-  const char* part = "";  // what of it
-  std::vector<std::unique_ptr<Job>> jobs;
-  // [job][worker]: first unit of each worker's share, one more entry than workers
-  std::vector<std::vector<int64_t>> bounds;
-  // [worker] what each brings into its cache meanwhile
-  struct Ahead {
-    std::vector<Stream::Range> ranges;
-    double rate = 0.0;
-  };
-  std::vector<Ahead> ahead;
+  bool pairs = false;  // as ConvArgs::pairs
 };
 
 class Plan {
  public:
   Plan(const Program& program, const std::vector<PackedNode>& packed, const Shape& input, int64_t workers, int64_t tag,
-       Storage compute);
+       Storage compute, int64_t cache_bytes);
 
   // Runs workers [begin, end) of the plan; all workers must be running at the same time.
   void run(const Context& context, Barrier& barrier, int64_t begin, int64_t end, float* scratch) const;

@@ -162,7 +162,7 @@ std::tuple<Tensor, Tensor> kv_downsample(Tensor x, OptionalTensor key_down, Opti
       args.segments = 1;
       args.segment_length = channels;
       args.b = paths[path]->project();
-      args.b_panel = conv_depth(channels, 1) * kPanel;
+      args.b_panel = channels * kPanel;
       args.bias = paths[path]->zeros();
       args.c = floats(results[path]);
       args.c_row = paths[path]->outputs();

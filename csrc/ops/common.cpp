@@ -252,7 +252,7 @@ std::vector<float> scaled_weight(const Tensor& weight, const OptionalTensor& sca
 int64_t packed_size(const Tensor& weight, Packing packing) {
   if (weight.numel() == 0) return 0;
   const int64_t taps = weight.dim() == 4 ? weight.size(2) * weight.size(3) : 1;
-  const int64_t depth = packing == Packing::kDepthwise ? taps : conv_depth(weight.size(1), taps);
+  const int64_t depth = packing == Packing::kDepthwise ? taps : weight.size(1) * taps;
   return round_up(weight.size(0), kPanel) * depth;
 }
 
@@ -263,7 +263,9 @@ void pack_into(const float* values, const Tensor& weight, Packing packing, float
     const int64_t taps = static_cast<int64_t>(kernel_h) * kernel_w;
     pack_panels(values, weight.size(0), taps, taps, 1, packed);
   } else {
-    pack_conv(values, weight.size(0), weight.size(1), kernel_h, kernel_w, packed);
+    // only pairs need more for dilated taps, and the ops multiply float32
+    const ConvShape shape{weight.size(1), kernel_h, kernel_w, false, false};
+    pack_conv(values, weight.size(0), shape, packed);
   }
 }
 

@@ -40,6 +40,7 @@ Tensor conv_bn_act(Tensor x, Tensor weight, OptionalTensor scale, OptionalTensor
   const Image in = source(x, &args.x_channel);
   Result out(x, in.batch, outputs, g.out_height, g.out_width, channels_last || is_channels_last(x));
 
+  args.x_type = Storage::kFloat32;
   args.x_block = kPanel;
   args.x_row = in.row;
   args.x_pixel = in.pixel;

@@ -18,7 +18,7 @@ void product(const float* a, int64_t rows, int64_t k, const Packed& panels, cons
   args.segments = 1;
   args.segment_length = k;
   args.b = panels.data();
-  args.b_panel = conv_depth(k, 1) * kPanel;
+  args.b_panel = k * kPanel;
   args.bias = bias.data();
   args.c = y;
   args.c_row = n;

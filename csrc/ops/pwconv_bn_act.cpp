@@ -36,7 +36,7 @@ Tensor pwconv_bn_act(Tensor x, Tensor weight, OptionalTensor scale, OptionalTens
   args.segments = 1;
   args.segment_length = channels;
   args.b = panels.data();
-  args.b_panel = conv_depth(channels, 1) * kPanel;
+  args.b_panel = channels * kPanel;
   args.bias = bias.data();
   args.gamma = layer_scale ? layer_scale->data() : nullptr;
   args.residual = skip ? skip->data : nullptr;

@@ -12,15 +12,12 @@ PANEL = 16
 
 def _size(weight: torch.Tensor, depthwise: bool) -> int:
     channels = -(-weight.shape[0] // PANEL) * PANEL
-    inputs = weight.shape[1]
-    if not depthwise and inputs >= PANEL:
-        inputs = -(-inputs // PANEL) * PANEL
     taps = weight.shape[2] * weight.shape[3] if weight.dim() == 4 else 1
-    return channels * inputs * taps
+    return channels * (1 if depthwise else weight.shape[1]) * taps
 
 
 def fake(weight: torch.Tensor, depthwise: bool) -> torch.Tensor:
-    """1-D float32: output channels, and a dense kernel's input channels from 16 on, in whole panels."""
+    """1-D float32: output channels in whole panels."""
     return torch.empty(_size(weight, depthwise), dtype=torch.float32, device=weight.device)
 
 

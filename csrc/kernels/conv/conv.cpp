@@ -1,162 +1,216 @@
 #include "kernels/conv/conv.h"
 
 #include <algorithm>
+#include <limits>
+
+#include "kernels/pointwise/pointwise.h"
 
 namespace mnv4 {
 namespace {
 
-// How the ring of padded rows is laid out: [slot][plane][width][plane_channels].
-struct Ring {
+// Runs of consecutive K: `segments` of `length`, over `planes` of `plane_channels`.
+struct Runs {
   bool planar;
-  int64_t slots;  // input rows that one output row spans
-  int64_t width;  // padded pixels of a row
   int64_t planes;
   int64_t plane_channels;
-  int64_t plane;     // floats of a plane's row
-  int64_t slot;      // floats of a row
-  int64_t segments;  // runs of consecutive K
+  int64_t taps_apart;  // taps of a row that are runs of their own
+  int64_t taps;        // taps in a run
   int64_t length;
+  int64_t segments;
 
-  explicit Ring(const ConvArgs& a) {
-    planar = conv_is_planar(a.channels);
-    slots = static_cast<int64_t>(a.kernel_h - 1) * a.dilation_h + 1;
-    const int64_t reach = (a.out_width - 1) * a.stride_w + static_cast<int64_t>(a.kernel_w - 1) * a.dilation_w + 1;
-    width = std::max(reach, a.pad_left + a.width);
-    planes = planar ? a.channels : div_up(a.channels, kPanel);
-    plane_channels = planar ? 1 : kPanel;
-    plane = width * plane_channels;
-    // one panel more than the row: rows whose pitch is a power of two would share L1 sets
-    slot = round_up(planes * plane, kPanel) + kPanel;
-    const int64_t taps_apart = a.dilation_w != 1 ? a.kernel_w : 1;
-    segments = planes * a.kernel_h * taps_apart;
-    length = plane_channels * a.kernel_w / taps_apart;
-  }
-
-  int64_t slot_of(int64_t row) const {
-    const int64_t index = row % slots;
-    return (index < 0 ? index + slots : index) * slot;
+  explicit Runs(const ConvShape& s) {
+    const auto even = [&](int64_t n) { return s.pairs ? round_up(n, 2) : n; };
+    planar = conv_is_planar(s.channels);
+    const bool blocks = s.channels % kPanel == 0;
+    planes = planar ? s.channels : blocks ? s.channels / kPanel : 1;
+    plane_channels = planar ? 1 : blocks ? kPanel : even(s.channels);
+    taps_apart = s.dilated ? s.kernel_w : 1;
+    taps = s.kernel_w / taps_apart;
+    length = even(taps * plane_channels);
+    segments = planes * s.kernel_h * taps_apart;
   }
 };
 
-template <class T>
-void fill_row(const ConvArgs& a, const Ring& ring, int64_t iy, T* row) {
-  if (iy < 0 || iy >= a.height) {
-    std::fill_n(row, ring.planes * ring.plane, T{0});
-    return;
-  }
-  const T* x = static_cast<const T*>(a.x) + iy * a.x_row;
-  const int64_t left = a.pad_left * ring.plane_channels;
-  const int64_t right = (ring.width - a.pad_left - a.width) * ring.plane_channels;
-  for (int64_t p = 0; p < ring.planes; ++p) {
-    T* start = row + p * ring.plane;
-    std::fill_n(start, left, T{0});
-    std::fill_n(start + ring.plane - right, right, T{0});
-    T* out = start + left;
-    if (ring.planar) {
-      const T* in = x + p * a.x_channel;
-      if (a.x_pixel == 1) {
-        std::copy_n(in, a.width, out);
-      } else {
-        for (int64_t i = 0; i < a.width; ++i) out[i] = in[i * a.x_pixel];
-      }
-      continue;
-    }
-    const T* in = x + p * a.x_block;
-    const int64_t channels = std::min<int64_t>(kPanel, a.channels - p * kPanel);
-    if (a.x_pixel == kPanel) {
-      // planes are padded to whole blocks already
-      std::copy_n(in, a.width * kPanel, out);
-    } else {
-      for (int64_t i = 0; i < a.width; ++i) {
-        std::copy_n(in + i * a.x_pixel, channels, out + i * kPanel);
-        std::fill_n(out + i * kPanel + channels, kPanel - channels, T{0});
-      }
-    }
-  }
+// ptrdiff_t entries, in floats
+int64_t segment_floats(int64_t segments) {
+  return round_up(segments * static_cast<int64_t>(sizeof(ptrdiff_t) / sizeof(float)), kPanel);
 }
 
-void fill_segments(const ConvArgs& a, const Ring& ring, int64_t iy, ptrdiff_t* segment) {
-  const int taps = a.dilation_w != 1 ? a.kernel_w : 1;
-  const ptrdiff_t step = static_cast<ptrdiff_t>(a.dilation_w) * ring.plane_channels;
-  const auto start = [&](int ky, int64_t p) {
-    return ring.slot_of(iy + static_cast<int64_t>(ky) * a.dilation_h) + p * ring.plane;
-  };
-  // planar weights are in OIHW's own order, channels outermost
-  const int64_t outer = ring.planar ? ring.planes : a.kernel_h;
-  const int64_t inner = ring.planar ? a.kernel_h : ring.planes;
-  for (int64_t i = 0; i < outer; ++i) {
-    for (int64_t j = 0; j < inner; ++j) {
-      const int64_t first = ring.planar ? start(static_cast<int>(j), i) : start(static_cast<int>(i), j);
-      for (int kx = 0; kx < taps; ++kx) *segment++ = first + kx * step;
-    }
-  }
-}
-
-// ptrdiff_t entries kept at the end of the scratch, in floats
-int64_t segment_floats(const Ring& ring) {
-  return ring.segments * static_cast<int64_t>(sizeof(ptrdiff_t) / sizeof(float));
-}
+int64_t ring_floats(const ConvRing& ring) { return round_up(ring.slots * ring.slot, kPanel); }
 
 }  // namespace
 
-int64_t conv_scratch(const ConvArgs& a) {
-  const Ring ring(a);
-  return round_up(ring.slots * ring.slot, kPanel) + segment_floats(ring);
+ConvRing::ConvRing(const ConvArgs& a) {
+  const Runs runs(a.shape());
+  planar = runs.planar;
+  planes = runs.planes;
+  plane_channels = runs.plane_channels;
+  segments = runs.segments;
+  length = runs.length;
+  slots = static_cast<int64_t>(a.kernel_h - 1) * a.dilation_h + 1;
+  // a run of rounded length reads past its last tap
+  const int64_t past = runs.length - runs.taps * runs.plane_channels;
+  const int64_t reach = (a.out_width - 1) * a.stride_w + static_cast<int64_t>(a.kernel_w - 1) * a.dilation_w + 1;
+  width = std::max(reach, a.pad_left + a.width) + past;
+  plane = width * plane_channels;
+  // one panel more than the row: rows whose pitch is a power of two would share L1 sets
+  slot = round_up(planes * plane, kPanel) + kPanel;
 }
 
-void conv(const GemmKernel& kernel, const ConvArgs& a, int64_t row_begin, int64_t row_end, float* scratch) {
-  const Ring ring(a);
-  auto* segment = reinterpret_cast<ptrdiff_t*>(scratch + round_up(ring.slots * ring.slot, kPanel));
+int64_t ConvRing::slot_of(int64_t row) const {
+  const int64_t index = row % slots;
+  return (index < 0 ? index + slots : index) * slot;
+}
 
-  GemmArgs product{};
-  product.a = scratch;
-  product.a_row = static_cast<ptrdiff_t>(a.stride_w) * ring.plane_channels;
-  product.segment = segment;
-  product.segments = ring.segments;
-  product.segment_length = ring.length;
-  product.b = a.weight;
-  product.b_panel = conv_depth(a.channels, a.kernel_h * a.kernel_w) * kPanel;
-  product.bias = a.bias;
-  product.c_row = a.y_pixel;
-  product.c_panel = a.y_panel;
-  product.n = a.out_channels;
-  product.act = a.act;
-  product.stream = a.stream;
+int64_t conv_depth(const ConvShape& shape) {
+  const Runs runs(shape);
+  return runs.segments * runs.length;
+}
 
-  const int64_t panels = div_up(a.out_channels, kPanel);
-  int64_t filled = row_begin * a.stride_h - a.pad_top;
-  for (int64_t oy = row_begin; oy < row_end; ++oy) {
-    const int64_t first = oy * a.stride_h - a.pad_top;
-    filled = std::max(filled, first);
-    for (; filled < first + ring.slots; ++filled) {
-      if (kernel.input == Storage::kFloat32) {
-        fill_row(a, ring, filled, scratch + ring.slot_of(filled));
-      } else {
-        fill_row(a, ring, filled, reinterpret_cast<uint16_t*>(scratch) + ring.slot_of(filled));
-      }
-    }
-    fill_segments(a, ring, first, segment);
-    product.c = advance(a.y, kernel.output, oy * a.y_row);
-    gemm(kernel, product, 0, a.out_width, 0, panels);
+int64_t conv_scratch(const ConvArgs& a) {
+  const ConvRing ring(a);
+  return ring_floats(ring) + segment_floats(ring.segments) + ring.slot;
+}
+
+ConvRows::ConvRows(const GemmKernel& kernel, const ConvArgs& args, float* scratch, ConvRows* source)
+    : kernel_(kernel),
+      args_(args),
+      ring_(args),
+      ring_rows_(scratch),
+      segment_(reinterpret_cast<ptrdiff_t*>(scratch + ring_floats(ring_))),
+      wide_row_(scratch + ring_floats(ring_) + segment_floats(ring_.segments)),
+      source_(source),
+      filled_(std::numeric_limits<int64_t>::min()) {
+  product_.a = ring_rows_;
+  product_.a_row = static_cast<ptrdiff_t>(args.stride_w) * ring_.plane_channels;
+  product_.segment = segment_;
+  product_.segments = ring_.segments;
+  product_.segment_length = ring_.length;
+  product_.b = args.weight;
+  product_.b_panel = ring_.segments * ring_.length * kPanel;
+  product_.bias = args.bias;
+  product_.c_row = args.y_pixel;
+  product_.c_panel = args.y_panel;
+  product_.n = args.out_channels;
+  product_.act = args.act;
+  product_.stream = args.stream;
+  if (source) {
+    const bool blocks = ring_.plane_channels == kPanel;
+    source->product_.c_row = ring_.plane_channels;
+    source->product_.c_panel = blocks ? ring_.plane : kPanel;
+    source->product_.n = args.channels;
   }
 }
 
-void pack_conv(const float* weight, int64_t out_channels, int64_t channels, int kernel_h, int kernel_w, float* packed) {
-  const int64_t taps = static_cast<int64_t>(kernel_h) * kernel_w;
-  const int64_t k = channels * taps;
-  if (conv_is_planar(channels)) return pack_panels(weight, out_channels, k, k, 1, packed);
+// The row without its padding, in its ring's layout.
+template <class T>
+void ConvRows::copy(int64_t iy, T* row) const {
+  const T* x = static_cast<const T*>(args_.x) + iy * args_.x_row;
+  if (ring_.planar) {
+    for (int64_t p = 0; p < ring_.planes; ++p) {
+      const T* in = x + p * args_.x_channel;
+      T* out = row + p * ring_.plane;
+      if (args_.x_pixel == 1) {
+        std::copy_n(in, args_.width, out);
+      } else {
+        for (int64_t i = 0; i < args_.width; ++i) out[i] = in[i * args_.x_pixel];
+      }
+    }
+    return;
+  }
+  const bool blocks = ring_.plane_channels == kPanel;
+  for (int64_t first = 0; first < args_.channels; first += kPanel) {
+    const int64_t block = first / kPanel;
+    const int64_t channels = std::min<int64_t>(kPanel, args_.channels - first);
+    const T* in = x + block * args_.x_block;
+    T* out = row + (blocks ? block * ring_.plane : first);
+    if (blocks && args_.x_pixel == kPanel) {
+      std::copy_n(in, args_.width * kPanel, out);
+    } else {
+      for (int64_t i = 0; i < args_.width; ++i) {
+        std::copy_n(in + i * args_.x_pixel, channels, out + i * ring_.plane_channels);
+      }
+    }
+  }
+}
+
+template <class T>
+void ConvRows::fill(int64_t iy, T* row) {
+  const bool inside = iy >= 0 && iy < args_.height;
+  const int64_t left = inside ? args_.pad_left * ring_.plane_channels : ring_.plane;
+  const int64_t right = inside ? ring_.plane - left - args_.width * ring_.plane_channels : 0;
+  for (int64_t p = 0; p < ring_.planes; ++p) {
+    std::fill_n(row + p * ring_.plane, left, T{0});
+    std::fill_n(row + (p + 1) * ring_.plane - right, right, T{0});
+  }
+  if (!inside) return;
+  if (ring_.plane_channels > args_.channels && !ring_.planar) {
+    for (int64_t i = 0; i < args_.width; ++i) row[left + i * ring_.plane_channels + args_.channels] = T{0};
+  }
+  if (source_) {
+    source_->row(iy, row + left);
+  } else {
+    copy(iy, row + left);
+  }
+}
+
+void ConvRows::fill_segments(int64_t iy) {
+  const int64_t taps = args_.dilation_w != 1 ? args_.kernel_w : 1;
+  const ptrdiff_t step = static_cast<ptrdiff_t>(args_.dilation_w) * ring_.plane_channels;
+  // planar weights are in OIHW's own order, channels outermost
+  const int64_t outer = ring_.planar ? ring_.planes : args_.kernel_h;
+  const int64_t inner = ring_.planar ? args_.kernel_h : ring_.planes;
+  ptrdiff_t* segment = segment_;
+  for (int64_t i = 0; i < outer; ++i) {
+    for (int64_t j = 0; j < inner; ++j) {
+      const int64_t ky = ring_.planar ? j : i;
+      const int64_t plane = ring_.planar ? i : j;
+      const int64_t first = ring_.slot_of(iy + ky * args_.dilation_h) + plane * ring_.plane;
+      for (int64_t kx = 0; kx < taps; ++kx) *segment++ = first + kx * step;
+    }
+  }
+}
+
+void ConvRows::row(int64_t oy, void* y) {
+  const int64_t first = oy * args_.stride_h - args_.pad_top;
+  for (filled_ = std::max(filled_, first); filled_ < first + ring_.slots; ++filled_) {
+    if (kernel_.input == Storage::kFloat32) {
+      fill(filled_, static_cast<float*>(at(filled_)));
+    } else if (!source_ && args_.x_type == Storage::kFloat32) {
+      fill(filled_, wide_row_);
+      pointwise_kernels().narrow(wide_row_, kernel_.input, at(filled_), ring_.planes * ring_.plane);
+    } else {
+      fill(filled_, static_cast<uint16_t*>(at(filled_)));
+    }
+  }
+  fill_segments(first);
+  product_.c = y;
+  gemm(kernel_, product_, 0, args_.out_width, 0, div_up(product_.n, kPanel));
+}
+
+void conv(const GemmKernel& kernel, const ConvArgs& args, int64_t row_begin, int64_t row_end, float* scratch) {
+  ConvRows rows(kernel, args, scratch);
+  for (int64_t oy = row_begin; oy < row_end; ++oy) rows.row(oy, advance(args.y, kernel.output, oy * args.y_row));
+}
+
+void pack_conv(const float* weight, int64_t out_channels, const ConvShape& shape, float* packed) {
+  const Runs runs(shape);
+  const int64_t taps = static_cast<int64_t>(shape.kernel_h) * shape.kernel_w;
+  const int64_t k = shape.channels * taps;
   const int64_t panels = div_up(out_channels, kPanel);
-  std::fill_n(packed, panels * conv_depth(channels, taps) * kPanel, 0.0f);
+  std::fill_n(packed, panels * runs.segments * runs.length * kPanel, 0.0f);
   for (int64_t panel = 0; panel < panels; ++panel) {
     const int64_t columns = std::min<int64_t>(kPanel, out_channels - panel * kPanel);
-    for (int64_t ky = 0; ky < kernel_h; ++ky) {
-      for (int64_t block = 0; block < div_up(channels, kPanel); ++block) {
-        const int64_t depth = std::min<int64_t>(kPanel, channels - block * kPanel);
-        for (int64_t kx = 0; kx < kernel_w; ++kx) {
-          const float* from = weight + panel * kPanel * k + block * kPanel * taps + ky * kernel_w + kx;
-          pack_panels(from, columns, depth, k, taps, packed);
-          packed += kPanel * kPanel;
-        }
+    for (int64_t s = 0; s < runs.segments; ++s, packed += runs.length * kPanel) {
+      // which tap row, plane and first tap the run is of
+      const int64_t row = s / runs.taps_apart;
+      const int64_t ky = runs.planar ? row % shape.kernel_h : row / runs.planes;
+      const int64_t plane = runs.planar ? row / shape.kernel_h : row % runs.planes;
+      const int64_t real = std::min(runs.plane_channels, shape.channels - plane * runs.plane_channels);
+      for (int64_t t = 0; t < runs.taps; ++t) {
+        const int64_t tap = ky * shape.kernel_w + s % runs.taps_apart + t;
+        const float* from = weight + panel * kPanel * k + plane * runs.plane_channels * taps + tap;
+        pack_panels(from, columns, real, k, taps, packed + t * runs.plane_channels * kPanel);
       }
     }
   }

@@ -1,7 +1,8 @@
 // Dense k x k convolution as a product over segments: the stem and EdgeResidual's 3x3.
 //
 // A worker keeps the padded input rows that an output row needs in a ring, so that no tap is out of bounds and nothing
-// is multiplied by padding that is not zero anyway; each input row is copied once per worker.
+// is multiplied by padding that is not zero anyway; each input row is copied once per worker. The rows may come from
+// another convolution, which then leaves no map behind.
 #pragma once
 
 #include <cstddef>
@@ -11,10 +12,21 @@
 
 namespace mnv4 {
 
+// What decides how weights are packed and rows are kept.
+struct ConvShape {
+  int64_t channels;
+  int kernel_h;
+  int kernel_w;
+  bool dilated;  // along the width
+  // Every run of K is rounded up to an even length, as products of bfloat16 need; the weights there are zeros.
+  bool pairs;
+};
+
 // Strides are in elements. NHWC and planes of 16 channels differ only in x_block and x_pixel, y_panel and y_pixel.
-// x and the weights are of the kernel's input type, y of its output type.
+// x is of the kernel's input type or float32, the weights are of the kernel's input type, y of its output type.
 struct ConvArgs {
   const void* x;
+  Storage x_type;
   ptrdiff_t x_channel;  // planar input
   ptrdiff_t x_block;    // else: from 16 channels to the next 16
   ptrdiff_t x_row;
@@ -40,25 +52,73 @@ struct ConvArgs {
   int dilation_h;
   int dilation_w;
   Activation act;
+  bool pairs = false;
   Stream* stream = nullptr;  // or what to fetch meanwhile
+
+  ConvShape shape() const { return {channels, kernel_h, kernel_w, dilation_w != 1, pairs}; }
 };
 
-// Few input channels (an image): rows are kept channel by channel and the reduction runs over (c, ky, kx); otherwise
-// in blocks of 16 channels, over (ky, block, kx, c), the last block padded with zeros.
+// Few input channels (an image): rows are kept channel by channel and the reduction runs over (c, ky, kx). Else in
+// blocks of 16 channels, or in one block where 16 does not divide them, and over (ky, block, kx, c).
 inline constexpr bool conv_is_planar(int64_t channels) { return channels < kPanel; }
 
 // Length of the packed reduction.
-inline constexpr int64_t conv_depth(int64_t channels, int64_t taps) {
-  return (conv_is_planar(channels) ? channels : round_up(channels, kPanel)) * taps;
-}
+int64_t conv_depth(const ConvShape& shape);
+
+// OIHW weights to [ceil(K / 16)][conv_depth][16].
+void pack_conv(const float* weight, int64_t out_channels, const ConvShape& shape, float* packed);
 
 // Floats of scratch that one worker needs, whatever the kernel's input type.
 int64_t conv_scratch(const ConvArgs& args);
 
+// How the ring of padded rows is laid out: [slot][plane][width][plane_channels].
+struct ConvRing {
+  explicit ConvRing(const ConvArgs& args);
+  int64_t slot_of(int64_t row) const;
+
+  bool planar;
+  int64_t slots;  // input rows that one output row spans
+  int64_t width;  // padded pixels of a row
+  int64_t planes;
+  int64_t plane_channels;
+  int64_t plane;     // elements of a plane's row
+  int64_t slot;      // elements of a row
+  int64_t segments;  // runs of consecutive K
+  int64_t length;
+};
+
+// One worker's way down an image.
+class ConvRows {
+ public:
+  // `scratch` holds conv_scratch(args) floats. With a `source` its output rows are x; args.x is not read.
+  ConvRows(const GemmKernel& kernel, const ConvArgs& args, float* scratch, ConvRows* source = nullptr);
+  ConvRows(const ConvRows&) = delete;
+  ConvRows& operator=(const ConvRows&) = delete;
+
+  // Output row `oy` to `y`; rows come in ascending order.
+  void row(int64_t oy, void* y);
+
+ private:
+  template <class T>
+  void fill(int64_t iy, T* row);
+  template <class T>
+  void copy(int64_t iy, T* row) const;
+  void fill_segments(int64_t iy);
+  // The ring's row of input row `iy`.
+  void* at(int64_t iy) const { return advance(static_cast<void*>(ring_rows_), kernel_.input, ring_.slot_of(iy)); }
+
+  const GemmKernel& kernel_;
+  const ConvArgs args_;
+  const ConvRing ring_;
+  float* ring_rows_;
+  ptrdiff_t* segment_;
+  float* wide_row_;  // a row of float32 on its way to bfloat16
+  ConvRows* source_;
+  GemmArgs product_{};
+  int64_t filled_;
+};
+
 // Output rows [row_begin, row_end), all output channels.
 void conv(const GemmKernel& kernel, const ConvArgs& args, int64_t row_begin, int64_t row_end, float* scratch);
-
-// OIHW weights to [ceil(K / 16)][conv_depth][16].
-void pack_conv(const float* weight, int64_t out_channels, int64_t channels, int kernel_h, int kernel_w, float* packed);
 
 }  // namespace mnv4

@@ -1,0 +1,81 @@
+#include "engine/shares.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace mnv4::engine {
+namespace {
+
+// Weights are fetched this long before they are used, and no faster than this, in bytes that tiles pass through (a core
+// does about 16 GB/s of them).
+constexpr double kLead = 64 << 10;
+constexpr double kFetchRate = 0.5;
+
+void fetch_ahead_of(std::vector<Step>& steps, size_t worker) {
+  struct Use {
+    Stream::Range range;
+    double time;
+  };
+  std::vector<Use> uses;
+  std::vector<double> starts;
+  double now = 0.0;
+  for (Step& step : steps) {
+    starts.push_back(now);
+    for (size_t j = 0; j < step.jobs.size(); ++j) {
+      const int64_t begin = step.bounds[j][worker];
+      const int64_t end = step.bounds[j][worker + 1];
+      const std::vector<Stream::Range> ranges = step.jobs[j]->weights(begin, end);
+      const auto passes = static_cast<double>(step.jobs[j]->passes(begin, end));
+      for (size_t r = 0; r < ranges.size(); ++r) {
+        uses.push_back({ranges[r], now + passes * static_cast<double>(r) / static_cast<double>(ranges.size())});
+      }
+      now += passes;
+    }
+  }
+  starts.push_back(now);
+
+  double limit = now;
+  size_t s = steps.size();
+  for (size_t i = uses.size(); i-- > 0;) {
+    limit = std::min(limit, uses[i].time - kLead) - static_cast<double>(uses[i].range.bytes) / kFetchRate;
+    if (limit < 0.0) break;
+    while (s > 0 && (s == steps.size() || starts[s] > limit)) --s;
+    steps[s].ahead[worker].ranges.push_back(uses[i].range);
+  }
+  for (size_t i = 0; i < steps.size(); ++i) {
+    Step::Ahead& ahead = steps[i].ahead[worker];
+    std::reverse(ahead.ranges.begin(), ahead.ranges.end());
+    double bytes = 0.0;
+    for (const Stream::Range& r : ahead.ranges) bytes += static_cast<double>(r.bytes);
+    ahead.rate = std::min(1.0, bytes / std::max(1.0, starts[i + 1] - starts[i]));
+  }
+}
+
+}  // namespace
+
+void share(std::vector<Step>& steps, int64_t workers) {
+  for (Step& step : steps) {
+    double total = 0.0;
+    for (const auto& job : step.jobs) total += static_cast<double>(job->units) * job->unit_cost;
+    double before = 0.0;
+    for (const auto& job : step.jobs) {
+      std::vector<int64_t> bounds;
+      for (int64_t w = 0; w <= workers; ++w) {
+        const double target = total * static_cast<double>(w) / static_cast<double>(workers) - before;
+        const auto unit = static_cast<int64_t>(std::llround(target / job->unit_cost));
+        bounds.push_back(std::clamp<int64_t>(unit, 0, job->units));
+      }
+      bounds.front() = 0;
+      bounds.back() = job->units;
+      step.bounds.push_back(std::move(bounds));
+      before += static_cast<double>(job->units) * job->unit_cost;
+    }
+  }
+}
+
+void fetch_ahead(std::vector<Step>& steps, int64_t workers) {
+  for (Step& step : steps) step.ahead.resize(static_cast<size_t>(workers));
+  for (int64_t w = 0; w < workers; ++w) fetch_ahead_of(steps, static_cast<size_t>(w));
+}
+
+}  // namespace mnv4::engine

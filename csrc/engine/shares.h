@@ -1,0 +1,30 @@
+// Who does what of a plan's steps, and when its weights are brought near.
+#pragma once
+
+#include <vector>
+
+#include "engine/job.h"
+
+namespace mnv4::engine {
+
+struct Step {
+  int64_t node = 0;       // the program's node that it computes, or begins with
+  const char* part = "";  // what of it
+  std::vector<std::unique_ptr<Job>> jobs;
+  // [job][worker]: first unit of each worker's share, one more entry than workers
+  std::vector<std::vector<int64_t>> bounds;
+  // [worker] what each brings into its cache meanwhile
+  struct Ahead {
+    std::vector<Stream::Range> ranges;
+    double rate = 0.0;
+  };
+  std::vector<Ahead> ahead;
+};
+
+// Each worker's share of a step is a contiguous run of its jobs' units, of equal cost.
+void share(std::vector<Step>& steps, int64_t workers);
+
+// Each range of weights that a worker will read is fetched as late as possible before its use.
+void fetch_ahead(std::vector<Step>& steps, int64_t workers);
+
+}  // namespace mnv4::engine
