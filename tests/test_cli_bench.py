@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from mnv4_kernels.benchmark import worker
+from mnv4_kernels.benchmark import environments
 from mnv4_kernels.benchmark.case import Case, create_input, create_model, default_size, randomise
 from mnv4_kernels.benchmark.ceilings import measure_ceilings
 from mnv4_kernels.benchmark.flops import count_flops, least_bytes
+from mnv4_kernels.benchmark.foreign import player
+from mnv4_kernels.benchmark.intervals import ratio, spread
+from mnv4_kernels.benchmark.kit import ConversionError, Kit
 from mnv4_kernels.benchmark.page import plot, render
-from mnv4_kernels.benchmark.report import CaseResult, Report, Row, provenance
-from mnv4_kernels.benchmark.rounds import Worker, WorkerError, measure
-from mnv4_kernels.benchmark.runtimes import RUNTIMES, Runtime, select
-from mnv4_kernels.cli import main
+from mnv4_kernels.benchmark.report import CaseResult, Report, Row, Turn, provenance
+from mnv4_kernels.benchmark.rounds import Protocol, Worker, WorkerError, measure, prepare
+from mnv4_kernels.benchmark.runtimes import RUNTIMES, Foreign, Runtime, select
+from mnv4_kernels.cli import main, parser
+from mnv4_kernels.cli.arguments import cases_of
+from mnv4_kernels.cli.console import plain_table
 
 timm = pytest.importorskip("timm")
 
+NOWHERE = environments.Environment("nowhere", (), ("no_such_module",))
 SMALL = Case("mobilenetv4_conv_small_035", size=64, threads=1)
 
 
@@ -112,25 +121,58 @@ class TestRuntimes:
         with pytest.raises(ValueError, match=r"`runtimes` must be among eager, .*got 'abacus'"):
             select(["abacus"])
 
-    def test_what_is_not_installed_is_missing_with_its_name(self) -> None:
-        runtime = Runtime("other", RUNTIMES[0].build, needs=("no_such_module",), dtypes=(torch.float32,))
-        assert runtime.missing(torch.float32) == ["no_such_module not installed"]
-        assert runtime.missing(torch.bfloat16) == ["no_such_module not installed", "no bfloat16 on the CPU"]
+    def test_what_is_not_installed_is_missing_with_its_name(self, tmp_path: Path) -> None:
+        runtime = Runtime("other", Foreign("model.onnx", NOWHERE, NOWHERE), dtypes=(torch.float32,))
+        assert runtime.missing(torch.float32, tmp_path) == ["no_such_module not installed"]
+        assert runtime.missing(torch.bfloat16, tmp_path) == ["no_such_module not installed", "no bfloat16 on the CPU"]
         assert RUNTIMES[0].missing(torch.float32) == []
 
+    def test_an_environment_that_pip_refuses_is_missing_with_pips_reason(self, tmp_path: Path) -> None:
+        refused = environments.Environment("refused", ("./no-such-folder-here",), ("no_such_module",))
+        reason = refused.create(tmp_path)
+        assert reason is not None
+        assert refused.missing(tmp_path) == [f"refused can't be installed: {reason}"]
+        assert refused.python(tmp_path) is None
+
+    def test_an_environment_goes_before_the_modules_beside_the_package(self, tmp_path: Path) -> None:
+        here = environments.Environment("here", (), ("torch",))
+        assert here.python(tmp_path) == sys.executable
+        interpreter = tmp_path / "here" / "bin" / "python"
+        interpreter.parent.mkdir(parents=True)
+        interpreter.touch()
+        assert here.python(tmp_path) == str(interpreter)
+
     def test_the_error_is_relative_to_the_largest_value(self) -> None:
-        expected = torch.tensor([[1.0, -4.0]], dtype=torch.float64)
-        assert worker.relative_error(torch.tensor([[1.0, -3.0]]), expected) == pytest.approx(0.25)
+        expected = np.array([[1.0, -4.0]])
+        assert player.relative_error(np.array([[1.0, -3.0]], dtype=np.float32), expected) == pytest.approx(0.25)
 
     def test_a_turn_makes_at_least_three_calls_after_an_untimed_one(self) -> None:
         calls = []
-
-        def run() -> torch.Tensor:
-            calls.append(None)
-            return torch.empty(0)
-
-        assert len(worker.time_turn(run, 0.0)["ms"]) == 3
+        turns = player.Turns()
+        turns.start()
+        turns.built(lambda: calls.append(None))
+        assert turns.turn(0.0)["turn"]["calls"] == 3
         assert len(calls) == 4
+
+    @pytest.mark.skipif(player.resident() is None, reason="the system does not tell what a process holds")
+    def test_memory_is_what_the_network_holds_beyond_what_was_there(self) -> None:
+        before = np.ones(8 << 20)
+        turns = player.Turns()
+        turns.start()
+        held = np.ones(4 << 20)
+        loading = turns.built(lambda: np.ones(2 << 20))["loading_mb"]
+        assert loading == pytest.approx(held.nbytes / 1e6, rel=0.2)
+        assert turns.turn(0.0)["memory_mb"] == pytest.approx((held.nbytes + 16 * (1 << 20)) / 1e6, rel=0.2)
+        assert before.nbytes > held.nbytes
+
+    def test_energy_is_read_in_joules_where_the_machine_tells(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        counter = tmp_path / "energy_uj"
+        monkeypatch.setattr(player, "ENERGY", counter)
+        assert player.energy() is None
+        counter.write_text("2500000\n")
+        assert player.energy() == 2.5
 
     def test_the_ceilings_are_positive_and_say_how_they_were_found(self) -> None:
         ceilings = measure_ceilings(torch.float32, 1, 1 << 20)
@@ -142,14 +184,15 @@ class TestRuntimes:
 class TestMeasure:
     def test_a_failing_or_missing_runtime_keeps_its_row_with_the_reason(self) -> None:
         eager = RUNTIMES[0]
-        unknown = Runtime("abacus", eager.build, ours=True)
-        absent = Runtime("absent", eager.build, needs=("no_such_module",))
-        result = measure(SMALL, [eager, unknown, absent], rounds=2, seconds=0.0)
+        unknown = Runtime("abacus", eager.how, ours=True)
+        absent = Runtime("absent", Foreign("model.onnx", NOWHERE, NOWHERE))
+        result = measure(SMALL, [eager, unknown, absent], Protocol(rounds=2, seconds=0.0))
         first, second, third = result.rows
         assert first.missing is None
-        assert [len(turn) for turn in first.rounds] == [3, 3]
+        assert [turn.calls for turn in first.turns] == [3, 3]
         assert first.error is not None
         assert first.error < 1e-4
+        assert first.error_float32 == 0
         assert second.missing is not None
         assert second.missing.startswith("failed: ValueError: `runtimes` must be among")
         assert third.missing == "no_such_module not installed"
@@ -158,11 +201,45 @@ class TestMeasure:
 
     def test_a_wrong_result_is_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("mnv4_kernels.benchmark.rounds.GATES", {"float32": 0.0})
-        result = measure(SMALL, [RUNTIMES[0]], rounds=1, seconds=0.0)
+        result = measure(SMALL, [RUNTIMES[0]], Protocol(rounds=1, seconds=0.0))
         (row,) = result.rows
-        assert row.rounds == []
+        assert row.turns == []
         assert row.missing is not None
         assert row.missing.startswith("wrong: relative error ")
+
+    def test_a_runtime_of_another_environment_plays_the_converted_file(self, tmp_path: Path) -> None:
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+        (runtime,) = select(["onnxruntime"])
+        # no environment: both modules are beside the package
+        protocol = Protocol(rounds=1, seconds=0.0, environments=tmp_path / "none", cache=tmp_path)
+        (row,) = measure(SMALL, [runtime], protocol).rows
+        assert row.missing is None
+        assert row.error is not None
+        assert row.error < 1e-4
+        assert row.version
+        assert len(list(tmp_path.glob("*/model.onnx"))) == 1
+
+    def test_a_conversion_that_fails_is_reported_with_its_last_words(self, tmp_path: Path) -> None:
+        here = environments.Environment("here", (), ("torch",))
+        with Kit(SMALL.resolved(), tmp_path) as kit:
+            (kit.folder / "model.pt2").write_text("no program")
+            with pytest.raises(ConversionError, match=r"\w+: "):
+                kit.convert(Foreign("model.onnx", here, here), tmp_path)
+            assert not (kit.folder / "model.onnx").exists()
+
+    def test_preparing_fills_the_cache_and_measuring_reads_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        protocol = Protocol(rounds=1, seconds=0.0, cache=tmp_path)
+        (row,) = prepare(SMALL, [RUNTIMES[0]], protocol)
+        assert row.missing is None
+        assert row.turns == []
+        (reference,) = tmp_path.glob("mobilenetv4_conv_small_035-64px-batch1-seed0-torch*/float64.npy")
+        np.save(reference, np.load(reference) + 1)
+        (row,) = measure(SMALL, [RUNTIMES[0]], protocol).rows
+        assert row.missing is not None
+        assert row.missing.startswith("wrong")
 
     def test_workers_import_the_package_that_started_them(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -171,9 +248,9 @@ class TestMeasure:
         decoy.mkdir()
         (decoy / "__init__.py").write_text("raise ImportError('the working directory was imported')")
         monkeypatch.chdir(tmp_path)
-        (row,) = measure(SMALL, [RUNTIMES[0]], rounds=1, seconds=0.0).rows
+        (row,) = measure(SMALL, [RUNTIMES[0]], Protocol(rounds=1, seconds=0.0)).rows
         assert row.missing is None
-        assert row.rounds
+        assert row.turns
 
     def test_a_worker_that_dies_is_reported(self) -> None:
         dead = Worker(SMALL)
@@ -184,15 +261,53 @@ class TestMeasure:
         dead.close()
 
 
+def made_up_turns(*medians: float) -> list[Turn]:
+    return [Turn(5, 0.9 * median, 0.95 * median, median, 1.05 * median) for median in medians]
+
+
 def made_up_result() -> CaseResult:
     """A result with known figures: 1 GFLOP at 500 GFLOP/s is a floor of 2 ms."""
     rows = [
-        Row("eager", rounds=[[9.0, 10.0, 11.0], [10.0, 10.0, 40.0]], error=1e-6),
-        Row("torch.compile", rounds=[[8.0]], error=1e-6),
-        Row("ours patched", ours=True, rounds=[[4.0], [4.5], [3.5]], error=2e-6),
+        Row("eager", turns=made_up_turns(10.0, 9.0, 11.0), error=1e-6, memory_mb=30.0),
+        Row("torch.compile", turns=made_up_turns(8.0, 8.0, 8.0), error=1e-6),
+        Row("ours patched", ours=True, turns=made_up_turns(4.0, 4.5, 3.5), error=2e-6),
         Row("openvino", missing="openvino not installed"),
     ]
-    return CaseResult(SMALL, flops=10**9, bytes=10**6, gflops=500.0, gbytes=50.0, source="a test", rows=rows)
+    made = {"commit": "0123456789ab", "date": "2026-01-01T00:00:00+00:00"}
+    return CaseResult(SMALL, 10**9, 10**6, gflops=500.0, gbytes=50.0, source="a test", rows=rows, made=made)
+
+
+class TestIntervals:
+    def test_seven_rounds_cover_the_median_with_all_of_them_and_nine_without_the_outermost(self) -> None:
+        found = ratio([2.0, 2.2, 1.8, 2.1, 1.9, 2.0, 3.0], [1.0] * 7)
+        assert (found.value, found.low, found.high) == (2.0, 1.8, 3.0)
+        assert found.confidence == pytest.approx(1 - 2 / 2**7)
+        found = ratio([2.0, 2.2, 1.8, 2.1, 1.9, 2.0, 3.0, 2.0, 1.0], [1.0] * 9)
+        assert (found.low, found.high) == (1.8, 2.2)
+        assert found.confidence == pytest.approx(1 - 2 * 10 / 2**9)
+
+    def test_the_interval_covers_the_true_median_as_often_as_it_says(self) -> None:
+        generator = np.random.default_rng(0)
+        tries = [ratio(list(np.exp(generator.normal(size=9))), [1.0] * 9) for _ in range(2000)]
+        covered = np.mean([found.low <= 1.0 <= found.high for found in tries])
+        assert covered == pytest.approx(tries[0].confidence, abs=0.02)
+
+    def test_a_ratio_is_taken_round_by_round(self) -> None:
+        # both are slowed down by the same disturbance, so the ratio is not
+        found = ratio([4.0, 8.0, 40.0], [2.0, 4.0, 20.0])
+        assert (found.value, found.low, found.high) == (2.0, 2.0, 2.0)
+
+    def test_an_interval_that_spans_one_shows_no_difference(self) -> None:
+        assert not ratio([1.1, 0.9, 1.2], [1.0] * 3).differs
+        assert ratio([1.1, 1.05, 1.2], [1.0] * 3).differs
+
+    def test_rounds_must_match(self) -> None:
+        with pytest.raises(ValueError, match="both must have the same rounds, got 1 and 2"):
+            ratio([1.0], [1.0, 2.0])
+
+    def test_the_spread_is_half_the_quartiles_distance_over_the_median(self) -> None:
+        assert spread([9.0, 10.0, 11.0]) == pytest.approx(0.05)
+        assert spread([3.0]) == 0.0
 
 
 class TestReport:
@@ -200,18 +315,67 @@ class TestReport:
         result = made_up_result()
         eager, _, ours, missing = result.rows
         assert eager.median == 10.0
-        assert eager.minimum == 9.0
+        assert eager.minimum == 8.1
         assert result.floor == 2.0
         assert result.speedup(ours) == 2.5
         assert result.share(ours) == 0.5
+        assert result.images_per_second(ours) == 250
         assert missing.median is None
-        assert result.lead() == "ours patched is 2.00 times as fast as torch.compile, the best of the others"
+        assert result.lead() == (
+            "ours patched is 2.00 (75% interval 1.78 to 2.29) times as fast as torch.compile, the best of the others"
+        )
 
-    def test_the_table_shows_what_is_missing(self) -> None:
-        head, rows = made_up_result().table()
-        assert head == ["runtime", "median ms", "min ms", "speed-up", "max rel. error", "of roofline"]
-        assert rows[2] == ["ours patched", "4.00", "3.50", "2.50x", "2.0e-06", "50%"]
-        assert rows[3] == ["openvino", "openvino not installed", "", "", "", ""]
+    def test_a_loss_is_said_as_such(self) -> None:
+        result = made_up_result()
+        result.rows[2].turns = made_up_turns(16.0, 18.0, 14.0)
+        assert result.lead() == (
+            "torch.compile, the best of the others, is 2.00 (75% interval 1.75 to 2.25) times as fast as ours patched"
+        )
+
+    def test_equal_times_are_no_difference(self) -> None:
+        result = made_up_result()
+        result.rows[2].turns = made_up_turns(7.9, 8.1, 8.0)
+        assert result.lead().startswith("no difference between ours patched and torch.compile")
+
+    def test_the_table_shows_what_was_timed_and_the_rest_is_named_with_its_reason(self) -> None:
+        result = made_up_result()
+        head, rows = result.table()
+        assert head == ["runtime", "ms", "+-", "img/s", "MB", "speed-up", "error", "floor"]
+        assert rows[0] == ["eager", "10.00", "5%", "100", "30", "1.00x", "1e-06", "20%"]
+        assert rows[2] == ["ours patched", "4.00", "6%", "250", "", "2.50x", "2e-06", "50%"]
+        assert result.absent() == ["openvino: openvino not installed"]
+
+    def test_the_table_fits_80_columns(self) -> None:
+        result = made_up_result()
+        result.rows = [
+            Row(runtime.name, turns=made_up_turns(12345.67), error=1e-6, memory_mb=12345.0) for runtime in RUNTIMES
+        ]
+        head, rows = result.table()
+        assert max(map(len, plain_table(head, rows).splitlines())) <= 80
+
+    def test_a_written_report_is_read_back_the_same(self, tmp_path: Path) -> None:
+        path = tmp_path / "report.json"
+        report = Report([made_up_result()], provenance())
+        report.write(path)
+        assert Report.read(path) == report
+        values = json.loads(path.read_text())
+        assert values["results"][0]["rows"][2]["median_ms"] == 4.0
+        assert values["results"][0]["ratio"]["value"] == 2.0
+
+    def test_a_file_of_another_format_is_refused(self, tmp_path: Path) -> None:
+        path = tmp_path / "report.json"
+        path.write_text('{"provenance": {}, "results": [{"rows": [{"name": "eager"}]}]}')
+        with pytest.raises(ValueError, match="must have the fields that bench writes, got another format"):
+            Report.read(path)
+
+    def test_a_case_is_done_with_all_its_runtimes_and_measured_again_in_place(self) -> None:
+        report = Report([made_up_result()], {})
+        assert report.has(SMALL, ["eager", "openvino"])
+        assert not report.has(SMALL, ["eager", "litert"])
+        assert not report.has(dataclasses.replace(SMALL, threads=2), ["eager"])
+        again = made_up_result()
+        report.add(again)
+        assert report.results == [again]
 
     def test_the_page_is_whole_and_needs_no_other_file(self) -> None:
         page = render(Report([made_up_result()], provenance()))
@@ -244,7 +408,7 @@ class TestReport:
 
     def test_provenance_names_command_machine_and_versions(self) -> None:
         facts = provenance()
-        assert {"command", "commit", "date", "cpu", "gpu", "python", "versions"} == set(facts)
+        assert {"command", "commit", "date", "cpu", "gpu", "energy", "python", "versions"} == set(facts)
         assert facts["versions"]["torch"]
         assert "openvino" in facts["versions"]
 
@@ -265,6 +429,31 @@ class TestCommand:
         assert [row["name"] for row in result["rows"]] == ["eager", "ours patched"]
         assert all(row["error"] < 1e-5 for row in result["rows"])
         assert "<svg" in page.read_text()
+
+    def test_a_resumed_run_keeps_what_is_there_and_measures_the_rest(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        written = tmp_path / "bench.json"
+        command = ["bench", "conv_small_035", "--size", "64", "--runtimes", "eager", "--rounds", "1", "--seconds", "0"]
+        assert main([*command, "--threads", "1", "--json", str(written)]) == 0
+        (first,) = json.loads(written.read_text())["results"]
+        assert main([*command, "--threads", "1", "2", "--json", str(written), "--resume", "--minutes", "0"]) == 0
+        assert "stopped before conv_small_035 64px batch 1 float32 2 threads" in capsys.readouterr().err
+        assert main([*command, "--threads", "1", "2", "--json", str(written), "--resume"]) == 0
+        kept, added = json.loads(written.read_text())["results"]
+        assert kept == first
+        assert added["case"]["threads"] == 2
+
+    def test_options_that_need_another_are_refused_without_it(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["bench", "conv_small", "--resume"]) == 2
+        assert "`--resume` needs --json FILE" in capsys.readouterr().err
+        assert main(["bench", "conv_small", "--prepare"]) == 2
+        assert "`--prepare` needs --cache DIR" in capsys.readouterr().err
+
+    def test_all_are_timms_twelve(self) -> None:
+        cases = cases_of(parser().parse_args(["bench", "all", "--batch", "1", "8", "--dtype", "float32", "bfloat16"]))
+        assert len({case.model for case in cases}) == 12
+        assert len(set(cases)) == len(cases) == 12 * 2 * 2
 
     def test_demo_classifies_the_photograph_as_timm_does(self, capsys: pytest.CaptureFixture[str]) -> None:
         pytest.importorskip("sklearn")

@@ -30,7 +30,8 @@ class Case:
         """The case in a few words."""
         short = self.model.removeprefix("mobilenetv4_")
         size = f" {self.size}px" if self.size else ""
-        return f"{short}{size} batch {self.batch} {self.dtype} {self.threads} threads"
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        return f"{short}{size} batch {self.batch} {self.dtype} {threads}"
 
     def resolved(self) -> Case:
         """The same case with the model's default size filled in."""

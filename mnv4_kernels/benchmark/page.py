@@ -41,9 +41,11 @@ def _section(result: CaseResult) -> str:
     head, rows = result.table()
     heads = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    absent = "".join(f"<li>{escape(line)}</li>" for line in result.absent())
     return (
         f"<h2>{escape(result.case.title)}</h2>\n{plot(result)}\n"
-        f"<table><tr>{heads}</tr>{body}</table>\n<p>{escape(result.roofline())}. {escape(result.lead())}.</p>"
+        f"<table><tr>{heads}</tr>{body}</table>\n<ul>{absent}</ul>\n"
+        f"<p>{escape(result.roofline())}. {escape(result.lead())}.</p>"
     )
 
 

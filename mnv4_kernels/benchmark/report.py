@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import datetime
+import json
 import platform
+import re
 import shlex
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ..backends import device
 from .case import Case
+from .foreign.player import energy
+from .intervals import Ratio, ratio, spread
 
 DISTRIBUTIONS = ("mnv4_kernels", "torch", "triton", "timm", "onnxruntime", "openvino")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One runtime's calls in one round: milliseconds, and joules of a call where the machine tells."""
+
+    calls: int
+    minimum: float
+    lower: float
+    median: float
+    upper: float
+    joules: float | None = None
 
 
 @dataclass
@@ -24,22 +40,39 @@ class Row:
 
     name: str
     ours: bool = False
-    #: milliseconds of every timed call, a list a round
-    rounds: list[list[float]] = field(default_factory=list)
-    #: largest difference from eager float64 over the largest magnitude
+    #: one a round
+    turns: list[Turn] = field(default_factory=list)
+    #: largest difference from eager float64 over the largest magnitude, and the same from eager float32
     error: float | None = None
+    error_float32: float | None = None
+    #: the most that the process held while it ran and while it loaded, beyond what it held with the runtime imported
+    memory_mb: float | None = None
+    loading_mb: float | None = None
+    #: of a runtime in an environment of its own
+    version: str | None = None
     #: why there is no time
     missing: str | None = None
 
     @property
+    def medians(self) -> list[float]:
+        """Milliseconds, a round each."""
+        return [turn.median for turn in self.turns]
+
+    @property
     def median(self) -> float | None:
         """Milliseconds: the median over rounds of a round's median."""
-        return statistics.median(map(statistics.median, self.rounds)) if self.rounds else None
+        return statistics.median(self.medians) if self.turns else None
 
     @property
     def minimum(self) -> float | None:
         """Milliseconds of the fastest call."""
-        return min(map(min, self.rounds)) if self.rounds else None
+        return min(turn.minimum for turn in self.turns) if self.turns else None
+
+    @property
+    def joules(self) -> float | None:
+        """Of one call; None where the machine does not tell."""
+        told = [turn.joules for turn in self.turns if turn.joules is not None]
+        return statistics.median(told) if told else None
 
 
 @dataclass
@@ -53,6 +86,8 @@ class CaseResult:
     gbytes: float
     source: str
     rows: list[Row]
+    #: commit and date
+    made: dict[str, Any] = field(default_factory=dict)
 
     @property
     def floor(self) -> float:
@@ -80,33 +115,55 @@ class CaseResult:
         failures = ("failed", "wrong")
         return any(row.ours and row.missing is not None and row.missing.startswith(failures) for row in self.rows)
 
+    def best(self, ours: bool) -> Row | None:
+        """The fastest of ours, or of the others; None if none was timed."""
+        return min(
+            (row for row in self.rows if row.ours == ours and row.turns),
+            key=lambda row: row.median or 0.0,
+            default=None,
+        )
+
+    def ratio(self) -> Ratio | None:
+        """Our best against the best of the others; None without the one or the other."""
+        ours, theirs = self.best(True), self.best(False)
+        return ratio(theirs.medians, ours.medians) if ours and theirs else None
+
     def lead(self) -> str:
         """One sentence: our best against the best competitor."""
-        ours = [row for row in self.rows if row.ours and row.median]
-        others = [row for row in self.rows if not row.ours and row.median]
-        if not ours or not others:
+        ours, theirs, found = self.best(True), self.best(False), self.ratio()
+        if ours is None or theirs is None or found is None:
             return "nothing to compare"
-        first, second = (min(rows, key=lambda row: row.median or 0.0) for rows in (ours, others))
-        ratio = (second.median or 0.0) / (first.median or 1.0)
-        return f"{first.name} is {ratio:.2f} times as fast as {second.name}, the best of the others"
+        if not found.differs:
+            return f"no difference between {ours.name} and {theirs.name}, the best of the others: {found}"
+        if found.value < 1:
+            lost = ratio(ours.medians, theirs.medians)
+            return f"{theirs.name}, the best of the others, is {lost} times as fast as {ours.name}"
+        return f"{ours.name} is {found} times as fast as {theirs.name}, the best of the others"
+
+    def images_per_second(self, row: Row) -> float | None:
+        """Throughput by the median."""
+        return self.case.batch / row.median * 1e3 if row.median else None
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Column heads and cells."""
-        head = ["runtime", "median ms", "min ms", "speed-up", "max rel. error", "of roofline"]
-        return head, [self._cells(row) for row in self.rows]
+        """Column heads and cells of what was timed, at most 80 characters wide."""
+        head = ["runtime", "ms", "+-", "img/s", "MB", "speed-up", "error", "floor"]
+        return head, [self._cells(row) for row in self.rows if row.turns]
+
+    def absent(self) -> list[str]:
+        """A line for each runtime without a time: its name and why."""
+        return [f"{row.name}: {row.missing or 'not measured'}" for row in self.rows if not row.turns]
 
     def _cells(self, row: Row) -> list[str]:
-        error = "" if row.error is None else f"{row.error:.1e}"
-        if row.median is None:
-            return [row.name, row.missing or "not measured", "", "", error, ""]
-        speedup = self.speedup(row)
+        speedup, share, images = self.speedup(row), self.share(row), self.images_per_second(row)
         return [
             row.name,
             f"{row.median:.2f}",
-            f"{row.minimum:.2f}",
+            f"{spread(row.medians):.0%}",
+            f"{images:.0f}" if images is None or images >= 10 else f"{images:.1f}",
+            "" if row.memory_mb is None else f"{row.memory_mb:.0f}",
             "" if speedup is None else f"{speedup:.2f}x",
-            error,
-            f"{self.share(row):.0%}",
+            "" if row.error is None else f"{row.error:.0e}",
+            f"{share:.0%}",
         ]
 
     def as_dict(self) -> dict[str, Any]:
@@ -116,20 +173,41 @@ class CaseResult:
                 **asdict(row),
                 "median_ms": row.median,
                 "min_ms": row.minimum,
+                "spread": spread(row.medians),
+                "images_per_second": self.images_per_second(row),
+                "joules": row.joules,
                 "speedup": self.speedup(row),
                 "share_of_floor": self.share(row),
             }
             for row in self.rows
         ]
-        ceilings = {"gflops": self.gflops, "gbytes": self.gbytes, "source": self.source}
+        found = self.ratio()
         return {
             "case": asdict(self.case),
             "flops": self.flops,
             "bytes": self.bytes,
-            "ceilings": ceilings,
+            "ceilings": {"gflops": self.gflops, "gbytes": self.gbytes, "source": self.source},
             "floor_ms": self.floor,
+            "ratio": None if found is None else asdict(found),
+            "made": self.made,
             "rows": rows,
         }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CaseResult:
+        """What `as_dict` wrote; raises `ValueError` on a file of another format."""
+        stored = {entry.name for entry in fields(Row)}
+        try:
+            rows = [
+                Row(**{**{name: row[name] for name in stored}, "turns": [Turn(**turn) for turn in row["turns"]]})
+                for row in values["rows"]
+            ]
+            return cls(
+                Case(**values["case"]), values["flops"], values["bytes"], **values["ceilings"], rows=rows,
+                made=values["made"],
+            )  # fmt: skip
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"a result must have the fields that bench writes, got another format: {error}") from error
 
 
 @dataclass
@@ -143,15 +221,46 @@ class Report:
         """What a result file holds."""
         return {"provenance": self.provenance, "results": [result.as_dict() for result in self.results]}
 
+    def write(self, path: Path) -> None:
+        """As JSON, a turn a line; `path` is whole at any time."""
+        text = json.dumps(self.as_dict(), indent=1)
+        # a turn's numbers in one line: rows can be read and compared
+        text = re.sub(r"\{[^{}\[\]]*\"calls\"[^{}]*\}", lambda turn: " ".join(turn[0].split()), text)
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text(text + "\n")
+        partial.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """What `write` wrote; raises `ValueError`."""
+        values = json.loads(path.read_text())
+        return cls([CaseResult.from_dict(result) for result in values["results"]], values["provenance"])
+
+    def has(self, case: Case, names: list[str]) -> bool:
+        """True if `case` is there with all these runtimes."""
+        return any(result.case == case and set(names) <= {row.name for row in result.rows} for result in self.results)
+
+    def add(self, result: CaseResult) -> None:
+        """Appends `result`, in place of an earlier one of the same case."""
+        self.results = [*(kept for kept in self.results if kept.case != result.case), result]
+
+
+def made_now() -> dict[str, Any]:
+    """Commit and date, kept with each case because a file may be written in several runs."""
+    return {
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
 
 def provenance() -> dict[str, Any]:
     """Command, commit, date, machine and versions of this run."""
     return {
         "command": shlex.join(["python", "-m", "mnv4_kernels", *sys.argv[1:]]),
-        "commit": _commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **made_now(),
         "cpu": device.cpu_name(),
         "gpu": device.gpu_name(),
+        "energy": "RAPL of the processor's package" if energy() is not None else "not reported by this machine",
         "python": platform.python_version(),
         "versions": {name: device.version(name) for name in DISTRIBUTIONS},
     }

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from .case import DTYPES, Case
-from .report import CaseResult, Row
-from .runtimes import Runtime
+from .environments import FOLDER
+from .kit import ConversionError, Kit
+from .report import CaseResult, Row, Turn, made_now
+from .runtimes import Foreign, Runtime
 
 #: Seconds of silence before a turn, in which the previous runtime's threads go to sleep.
 PAUSE = 0.2
@@ -28,6 +30,9 @@ PAUSE = 0.2
 #: Where workers import this package from: `python -m` looks into the working directory first, and in a checkout that
 #: is the sources, without the library that an installed copy has.
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+
+#: Run by path in other environments.
+PLAYER = Path(__file__).resolve().parent / "foreign" / "player.py"
 
 #: Largest relative error with which a runtime is still timed.
 GATES = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.05}
@@ -38,14 +43,19 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """A process that does one job at a time."""
+    """A process that does one job at a time: of this package, or a player in another environment's Python."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, player: str | None = None) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(case.threads)}
+        command = [sys.executable, "-m", "mnv4_kernels.benchmark.worker"]
+        if player is not None:
+            command = [player, str(PLAYER)]
+            # this interpreter's paths have this interpreter's packages
+            environment.pop("PYTHONPATH", None)
         self._case = dataclasses.asdict(case)
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "mnv4_kernels.benchmark.worker"],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -83,11 +93,24 @@ class Worker:
         self._log.close()
 
 
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """How long is measured, and where things are."""
+
+    #: turns of each runtime
+    rounds: int = 7
+    #: of one turn; at least three calls are made
+    seconds: float = 0.3
+    #: of the competitors' environments
+    environments: Path = FOLDER
+    #: where what runtimes read is kept; None: nowhere
+    cache: Path | None = None
+
+
 def measure(
     case: Case,
     runtimes: list[Runtime],
-    rounds: int = 7,
-    seconds: float = 0.3,
+    protocol: Protocol = Protocol(),
     progress: Callable[[str], None] = lambda _: None,
 ) -> CaseResult:
     """Measures `case` in every one of `runtimes`.
@@ -95,8 +118,7 @@ def measure(
     Args:
         case: model, input and threads.
         runtimes: the competitors; those that can't run here appear in the result with the reason.
-        rounds: turns of each runtime.
-        seconds: of one turn, at least three calls.
+        protocol: rounds and folders.
         progress: called with what is being done.
 
     Raises:
@@ -105,44 +127,89 @@ def measure(
     case = case.resolved()
     workers: dict[str, Worker] = {}
     rows = [Row(runtime.name, ours=runtime.ours) for runtime in runtimes]
-    with tempfile.TemporaryDirectory() as folder:
-        machine = Worker(case)
+    machine = Worker(case)
+    with Kit(case, protocol.cache) as kit:
         try:
-            progress(f"{case.title}: reference in float64")
-            facts = machine.ask("prepare", folder=folder)
+            facts = _prepare(case, runtimes, rows, kit, machine, protocol, progress)
             ceilings = [machine.ask("ceilings", traffic=facts["bytes"])]
             for runtime, row in zip(runtimes, rows, strict=True):
-                progress(f"{case.title}: building {runtime.name}")
-                worker = _build(case, runtime, row, folder)
-                if worker is not None:
-                    workers[runtime.name] = worker
+                if row.missing is None:
+                    progress(f"{case.title}: building {runtime.name}")
+                    worker = _build(case, runtime, row, kit.folder, protocol)
+                    if worker is not None:
+                        workers[runtime.name] = worker
             timed = [row for row in rows if row.name in workers]
-            for turn in range(rounds if timed else 0):
-                progress(f"{case.title}: round {turn + 1} of {rounds}")
+            for turn in range(protocol.rounds if timed else 0):
+                progress(f"{case.title}: round {turn + 1} of {protocol.rounds}")
                 # another order each round: no runtime always follows the same neighbour
                 for row in timed[turn % len(timed) :] + timed[: turn % len(timed)]:
                     time.sleep(PAUSE)
-                    row.rounds.append(workers[row.name].ask("time", seconds=seconds)["ms"])
+                    answer = workers[row.name].ask("time", seconds=protocol.seconds)
+                    row.turns.append(Turn(**answer["turn"]))
+                    row.memory_mb = answer["memory_mb"]
             ceilings.append(machine.ask("ceilings", traffic=facts["bytes"]))
         finally:
             for worker in (machine, *workers.values()):
                 worker.close()
     best = {key: max(reading[key] for reading in ceilings) for key in ("gflops", "gbytes", "source")}
-    return CaseResult(case=case, flops=facts["flops"], bytes=facts["bytes"], rows=rows, **best)
+    return CaseResult(case=case, flops=facts["flops"], bytes=facts["bytes"], rows=rows, made=made_now(), **best)
 
 
-def _build(case: Case, runtime: Runtime, row: Row, folder: str) -> Worker | None:
-    missing = runtime.missing(DTYPES[case.dtype])
-    if missing:
-        row.missing = "; ".join(missing)
-        return None
-    worker = Worker(case)
+def prepare(
+    case: Case, runtimes: list[Runtime], protocol: Protocol, progress: Callable[[str], None] = lambda _: None
+) -> list[Row]:
+    """Writes what `runtimes` read into the cache and times nothing; the rows say what is missing."""
+    case = case.resolved()
+    rows = [Row(runtime.name, ours=runtime.ours) for runtime in runtimes]
+    machine = Worker(case)
     try:
-        row.error = worker.ask("build", runtime=runtime.name, folder=folder)["error"]
+        with Kit(case, protocol.cache) as kit:
+            _prepare(case, runtimes, rows, kit, machine, protocol, progress)
+    finally:
+        machine.close()
+    return rows
+
+
+def _prepare(
+    case: Case,
+    runtimes: list[Runtime],
+    rows: list[Row],
+    kit: Kit,
+    machine: Worker,
+    protocol: Protocol,
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    for runtime, row in zip(runtimes, rows, strict=True):
+        row.missing = "; ".join(runtime.missing(DTYPES[case.dtype], protocol.environments)) or None
+    wanted = [(runtime.how, row) for runtime, row in zip(runtimes, rows, strict=True) if row.missing is None]
+    foreign = [(how, row) for how, row in wanted if isinstance(how, Foreign)]
+    progress(f"{case.title}: reference in float64")
+    facts = machine.ask("prepare", folder=str(kit.folder), export=bool(foreign))
+    for how, row in foreign:
+        progress(f"{case.title}: {how.file} for {row.name}")
+        try:
+            kit.convert(how, protocol.environments)
+        except ConversionError as error:
+            row.missing = f"failed: conversion: {error}"
+    return facts
+
+
+def _build(case: Case, runtime: Runtime, row: Row, folder: Path, protocol: Protocol) -> Worker | None:
+    details: dict[str, Any] = {"runtime": runtime.name}
+    player: str | None = None
+    if isinstance(runtime.how, Foreign):
+        player = runtime.how.player.python(protocol.environments)
+        details = {"runtime": runtime.how.player.name, "file": runtime.how.file}
+    worker = Worker(case, player)
+    try:
+        answer = worker.ask("build", folder=str(folder), **details)
     except WorkerError as failure:
         row.missing = f"failed: {failure}"
     else:
-        if row.error <= GATES[case.dtype]:
+        row.error, row.error_float32 = answer["error"], answer["error_float32"]
+        row.loading_mb, row.version = answer["loading_mb"], answer.get("version")
+        # not `>`: NaN is wrong too
+        if row.error is not None and row.error <= GATES[case.dtype]:
             return worker
         row.missing = f"wrong: relative error {row.error:.1e}"
     worker.close()

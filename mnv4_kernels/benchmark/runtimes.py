@@ -1,14 +1,13 @@
-"""Who competes: each runtime's name, what it needs, and how it is built from a model of timm.
+"""Who competes: each runtime's name, what it needs, and how it runs a model of timm.
 
-A builder gets its own copy of the model (eval mode, float32), the input [N, 3, H, W]
-float32 NCHW and the dtype to compute in, and returns a function without arguments that
-runs the network once.
+A torch runtime's builder gets its own copy of the model (eval mode, float32), the input
+[N, 3, H, W] float32 NCHW and the dtype to compute in, and returns a function without
+arguments that runs the network once. The others read a file that a converter has made of
+torch.export's program; `foreign.player` knows how.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,22 @@ import torch
 from torch import nn
 
 from ..backends import native
+from . import environments
+from .environments import Environment
 
 Run = Callable[[], torch.Tensor]
 Builder = Callable[[nn.Module, torch.Tensor, torch.dtype], Run]
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A runtime that reads a file."""
+
+    file: str
+    #: where `foreign.converter` can write it
+    converter: Environment
+    #: where `foreign.player` can run it, and that one's name for the runtime
+    player: Environment
 
 
 @dataclass(frozen=True)
@@ -27,17 +39,19 @@ class Runtime:
     """One row of the list."""
 
     name: str
-    build: Builder
-    #: modules it imports beyond torch and timm
-    needs: tuple[str, ...] = ()
+    how: Builder | Foreign
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     #: made by this project
     ours: bool = False
+    #: modules that a torch runtime brings along, imported before its memory is counted
+    imports: tuple[str, ...] = ("timm",)
 
-    def missing(self, dtype: torch.dtype) -> list[str]:
-        """Why it can't run here in `dtype`, in words; empty if it can."""
-        absent = [name for name in self.needs if importlib.util.find_spec(name) is None]
-        reasons = [f"{', '.join(absent)} not installed"] if absent else []
+    def missing(self, dtype: torch.dtype, folder: Path = environments.FOLDER) -> list[str]:
+        """Why it can't run here in `dtype`, with environments in `folder`, in words; empty if it can."""
+        reasons: list[str] = []
+        if isinstance(self.how, Foreign):
+            for environment in dict.fromkeys((self.how.player, self.how.converter)):
+                reasons += environment.missing(folder)
         if dtype not in self.dtypes:
             reasons.append(f"no {str(dtype).removeprefix('torch.')} on the CPU")
         if self.name == "ours optimized":
@@ -68,50 +82,19 @@ def _compile_freezing(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> 
     return _compile(model, x, dtype)
 
 
-def _export_onnx(model: nn.Module, x: torch.Tensor, folder: str) -> str:
-    path = str(Path(folder) / "model.onnx")
-    torch.onnx.export(model, (x,), path, dynamo=True, external_data=False, verbose=False)
-    return path
-
-
-def _onnxruntime(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> Run:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as folder:
-        path = _export_onnx(model, x, folder)
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: x.numpy()}
-    return lambda: torch.from_numpy(session.run(None, feed)[0])
-
-
-def _openvino(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> Run:
-    import openvino
-
-    core = openvino.Core()
-    hints = {
-        "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        compiled = core.compile_model(core.read_model(_export_onnx(model, x, folder)), "CPU", hints)
-    request, array = compiled.create_infer_request(), x.numpy()
-
-    def run() -> torch.Tensor:
-        request.infer([array], share_inputs=True, share_outputs=True)
-        return torch.from_numpy(request.get_output_tensor(0).data)
-
-    return run
-
-
 def _patched(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> Run:
     import mnv4_kernels
 
     model, x = model.to(dtype), x.to(dtype)
     mnv4_kernels.patch(model)
     return lambda: model(x)
+
+
+def _patched_compile(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> Run:
+    import mnv4_kernels
+
+    mnv4_kernels.patch(model.to(dtype))
+    return _compile(model, x, dtype)
 
 
 def _optimized(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> Run:
@@ -121,17 +104,21 @@ def _optimized(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> Run:
     return lambda: fast(x)
 
 
-_ONNX = ("onnx", "onnxscript")
+_F32 = (torch.float32,)
+_INDUCTOR = ("timm", "torch._inductor.compile_fx")
 
 #: In the order of the table; the first is what speed-ups refer to.
 RUNTIMES = (
     Runtime("eager", _eager),
     Runtime("eager channels_last", _channels_last),
-    Runtime("torch.compile", _compile),
-    Runtime("torch.compile freezing", _compile_freezing),
-    Runtime("onnxruntime", _onnxruntime, (*_ONNX, "onnxruntime"), (torch.float32,)),
-    Runtime("openvino", _openvino, (*_ONNX, "openvino"), (torch.float32, torch.bfloat16)),
+    Runtime("torch.compile", _compile, imports=_INDUCTOR),
+    Runtime("torch.compile freezing", _compile_freezing, imports=_INDUCTOR),
+    Runtime("onnxruntime", Foreign("model.onnx", environments.ONNX, environments.ONNXRUNTIME), _F32),
+    Runtime("openvino", Foreign("model.onnx", environments.ONNX, environments.OPENVINO), (*_F32, torch.bfloat16)),
+    Runtime("xnnpack", Foreign("model.pte", environments.EXECUTORCH, environments.EXECUTORCH), _F32),
+    Runtime("litert", Foreign("model.tflite", environments.LITERT, environments.LITERT), _F32),
     Runtime("ours patched", _patched, ours=True),
+    Runtime("ours patched, compiled", _patched_compile, ours=True, imports=_INDUCTOR),
     Runtime("ours optimized", _optimized, ours=True),
 )
 

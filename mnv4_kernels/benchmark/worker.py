@@ -1,92 +1,78 @@
-"""One competitor's process: builds its runtime, is checked, then runs when told to.
-
-Speaks JSON lines: reads ``{"job": ...}`` on stdin, answers on what was stdout when it
-started. Whatever a runtime prints goes to stderr instead.
-"""
+"""The process of a torch runtime, and of what a measurement needs besides: references, exports, ceilings."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import time
-import traceback
+import importlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .case import DTYPES, Case, create_input, create_model
 from .ceilings import measure_ceilings
 from .flops import count_flops, least_bytes
-from .runtimes import Run, select
+from .foreign.player import Answer, Turns, check, serve
+from .runtimes import Foreign, Run, select
+
+#: What runtimes that read a file are converted from.
+PROGRAM = "model.pt2"
 
 
-def prepare(case: Case, folder: Path) -> dict[str, Any]:
-    """Writes the weights, the input and eager float64's output, which every runtime must reproduce."""
+def prepare(case: Case, folder: Path, export: bool) -> Answer:
+    """Writes what is not in `folder` yet: the input, eager's outputs that runtimes must reproduce, the program."""
     model, x = create_model(case), create_input(case)
-    flops = count_flops(model, tuple(x.shape))
-    floor_bytes = least_bytes(model, x.numel(), DTYPES[case.dtype].itemsize)
-    torch.save({"state": model.state_dict(), "x": x}, folder / "given.pt")
-    expected = model.double()(x.double())
-    torch.save(expected, folder / "expected.pt")
-    return {"flops": flops, "bytes": floor_bytes}
+    answer = {
+        "flops": count_flops(model, tuple(x.shape)),
+        "bytes": least_bytes(model, x.numel(), DTYPES[case.dtype].itemsize),
+    }
+    if export and not (folder / PROGRAM).exists():
+        torch.export.save(torch.export.export(model, (x,)), folder / "partial.pt2")
+        (folder / "partial.pt2").rename(folder / PROGRAM)
+    if not (folder / "float64.npy").exists():
+        np.save(folder / "x.npy", x.numpy())
+        np.save(folder / "float32.npy", model(x).numpy())
+        # written last: where it exists, the others do
+        np.save(folder / "float64.npy", model.double()(x.double()).numpy())
+    return answer
 
 
-def build(case: Case, name: str, folder: Path) -> tuple[Run, dict[str, Any]]:
-    """The runtime's function, and the error of its first output."""
-    given = torch.load(folder / "given.pt")
-    model = create_model(case)
-    model.load_state_dict(given["state"])
+def build(case: Case, name: str, folder: Path, turns: Turns) -> Answer:
+    """Builds the runtime for `turns`; the errors of its first output and the MB that building took."""
     (runtime,) = select([name])
-    run = runtime.build(model, given["x"], DTYPES[case.dtype])
-    return run, {"error": relative_error(run(), torch.load(folder / "expected.pt"))}
-
-
-def relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference over the largest magnitude expected."""
-    difference = (output.double() - expected).abs().max()
-    return float(difference / expected.abs().max())
-
-
-def time_turn(run: Run, seconds: float) -> dict[str, Any]:
-    """One turn: an untimed call, then calls for about `seconds`, at least three; milliseconds each."""
-    run()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < end:
-        start = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - start) * 1e3)
-    return {"ms": times}
+    assert not isinstance(runtime.how, Foreign), "what reads a file has a player"
+    x = torch.from_numpy(np.load(folder / "x.npy"))
+    for module in runtime.imports:
+        importlib.import_module(module)
+    turns.start()
+    run: Run = runtime.how(create_model(case), x, DTYPES[case.dtype])
+    answer = check(run().float().numpy(), folder)
+    return {**answer, **turns.built(run)}
 
 
 def main() -> None:
-    """Serves the jobs of `rounds.Worker` until stdin ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    run: Run | None = None
+    """Serves the jobs of `rounds.Worker`."""
+    turns = Turns()
+
+    def on_case(job: dict[str, Any]) -> Case:
+        case = Case(**job["case"])
+        torch.set_num_threads(case.threads)
+        return case
+
+    def ceilings(job: dict[str, Any]) -> Answer:
+        case = on_case(job)
+        return asdict(measure_ceilings(DTYPES[case.dtype], case.threads, job["traffic"]))
+
     with torch.no_grad():
-        for line in sys.stdin:
-            job = json.loads(line)
-            try:
-                case = Case(**job["case"])
-                torch.set_num_threads(case.threads)
-                answer: dict[str, Any]
-                if job["job"] == "prepare":
-                    answer = prepare(case, Path(job["folder"]))
-                elif job["job"] == "build":
-                    run, answer = build(case, job["runtime"], Path(job["folder"]))
-                elif job["job"] == "ceilings":
-                    answer = asdict(measure_ceilings(DTYPES[case.dtype], case.threads, job["traffic"]))
-                else:
-                    assert run is not None, "a runtime is timed after it is built"
-                    answer = time_turn(run, job["seconds"])
-            except Exception as error:
-                traceback.print_exc()
-                answer = {"failed": f"{type(error).__name__}: {error}"}
-            print(json.dumps(answer), file=answers, flush=True)
+        serve(
+            {
+                "prepare": lambda job: prepare(on_case(job), Path(job["folder"]), job["export"]),
+                "build": lambda job: build(on_case(job), job["runtime"], Path(job["folder"]), turns),
+                "ceilings": ceilings,
+                "time": lambda job: turns.turn(job["seconds"]),
+            }
+        )
 
 
 if __name__ == "__main__":

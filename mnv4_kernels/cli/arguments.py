@@ -18,30 +18,32 @@ def add_case_arguments(parser: argparse.ArgumentParser, several: bool, default: 
         nargs=count,
         default=[default] if default else None,
         metavar="MODEL",
-        help=f"names of timm's; `{PREFIX}` may be left out" + (f" (default {default})" if default else ""),
+        help=f"names of timm's; `{PREFIX}` may be left out; `all`: every {PREFIX}*"
+        + (f" (default {default})" if default else ""),
     )
     parser.add_argument("--batch", type=_positive, nargs="+", default=[1], metavar="N", help="images (default 1)")
     parser.add_argument("--size", type=_positive, default=0, metavar="PX", help="side of the image (default: timm's)")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
-    parser.add_argument("--threads", type=_positive, default=device.usable_cpus(), metavar="N")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), nargs="+", default=["float32"])
+    parser.add_argument("--threads", type=_positive, nargs="+", default=[device.usable_cpus()], metavar="N")
 
 
 def cases_of(arguments: argparse.Namespace, photo: bool = False) -> list[Case]:
-    """One case per model and batch size; raises `ValueError` on a model that timm doesn't know."""
+    """One case per model, batch size, dtype and number of threads; raises `ValueError` on a model unknown to timm."""
     import timm
 
-    names = [
-        name if name.startswith(PREFIX) or name in timm.list_models() else PREFIX + name for name in arguments.models
-    ]
-    for name in names:
-        if name not in timm.list_models():
-            raise ValueError(
-                f"`MODEL` must be one of timm's ({', '.join(timm.list_models(PREFIX + '*'))}), got {name!r}"
-            )
+    every = timm.list_models(PREFIX + "*")
+    names: list[str] = []
+    for name in arguments.models:
+        full = name if name.startswith(PREFIX) or name in timm.list_models() else PREFIX + name
+        if name != "all" and full not in timm.list_models():
+            raise ValueError(f"`MODEL` must be one of timm's ({', '.join(every)}) or all, got {full!r}")
+        names += every if name == "all" else [full]
     return [
-        Case(name, batch, arguments.size, arguments.dtype, arguments.threads, photo).resolved()
+        Case(name, batch, arguments.size, dtype, threads, photo).resolved()
         for name in names
         for batch in arguments.batch
+        for dtype in arguments.dtype
+        for threads in arguments.threads
     ]
 
 

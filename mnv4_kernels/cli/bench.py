@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 
 from .arguments import add_case_arguments, cases_of
-from .console import print_table, progress
+from .console import paragraph, print_table, progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Models, protocol and outputs."""
+    from ..benchmark.environments import FOLDER
     from ..benchmark.runtimes import RUNTIMES
 
     add_case_arguments(parser, several=True)
@@ -20,44 +22,89 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runtimes", nargs="+", choices=names, metavar="NAME", help=f"among: {', '.join(names)}")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each runtime (default 7)")
     parser.add_argument("--seconds", type=float, default=0.3, help="length of a turn (default 0.3)")
-    parser.add_argument("--json", metavar="FILE", help="write everything, with provenance; - for stdout")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write everything, with provenance, after each case; - for stdout"
+    )
     parser.add_argument("--html", metavar="FILE", help="write a page with tables and a plot")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the cases that are in --json FILE, measure the others"
+    )
+    parser.add_argument("--minutes", type=float, help="start no case later than this; --resume goes on")
+    parser.add_argument("--cache", metavar="DIR", type=Path, help="keep references and converted models for other runs")
+    parser.add_argument("--prepare", action="store_true", help="only fill --cache DIR, time nothing")
+    parser.add_argument(
+        "--environments", metavar="DIR", type=Path, default=FOLDER, help=f"of the competitors (default {FOLDER})"
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Measures, prints a table per case; status 1 if one of our runtimes gave a wrong result or failed."""
     from ..benchmark.page import render
-    from ..benchmark.report import CaseResult, Report, provenance
-    from ..benchmark.rounds import measure
+    from ..benchmark.report import Report, provenance
+    from ..benchmark.rounds import Protocol, measure
     from ..benchmark.runtimes import select
 
+    to_stdout = arguments.json == "-"
+    file = Path(arguments.json) if arguments.json and not to_stdout else None
+    if arguments.resume and file is None:
+        raise ValueError("`--resume` needs --json FILE, which has the cases to keep")
+    protocol = Protocol(arguments.rounds, arguments.seconds, arguments.environments, arguments.cache)
     runtimes = select(arguments.runtimes)
-    results: list[CaseResult] = []
+    if arguments.prepare:
+        return _prepare(arguments, protocol)
+    report = Report.read(file) if arguments.resume and file and file.exists() else Report([], provenance())
+    end = float("inf") if arguments.minutes is None else time.monotonic() + arguments.minutes * 60
+    status = 0
     with progress() as show:
         for case in cases_of(arguments):
-            results.append(measure(case, runtimes, arguments.rounds, arguments.seconds, show))
-    report = Report(results, provenance())
-    if arguments.json == "-":
+            if report.has(case, [runtime.name for runtime in runtimes]):
+                continue
+            if time.monotonic() > end:
+                print(f"stopped before {case.title}: --minutes are over", file=sys.stderr)
+                break
+            result = measure(case, runtimes, protocol, show)
+            report.add(result)
+            if file:
+                report.write(file)
+            if not to_stdout:
+                print_result(result)
+            if result.broken():
+                status = 1
+    if to_stdout:
         print(json.dumps(report.as_dict(), indent=1))
-    else:
-        for result in results:
-            print_result(result)
-    if arguments.json and arguments.json != "-":
-        Path(arguments.json).write_text(json.dumps(report.as_dict(), indent=1) + "\n")
-        print(f"wrote {arguments.json}", file=sys.stderr)
+    if file:
+        print(f"wrote {file}", file=sys.stderr)
     if arguments.html:
         Path(arguments.html).write_text(render(report))
         print(f"wrote {arguments.html}", file=sys.stderr)
-    return 1 if any(result.broken() for result in results) else 0
+    return status
+
+
+def _prepare(arguments: argparse.Namespace, protocol: object) -> int:
+    from ..benchmark.rounds import Protocol, prepare
+    from ..benchmark.runtimes import select
+
+    assert isinstance(protocol, Protocol)
+    if protocol.cache is None:
+        raise ValueError("`--prepare` needs --cache DIR, which it fills")
+    failed = False
+    with progress() as show:
+        for case in cases_of(arguments):
+            rows = prepare(case, select(arguments.runtimes), protocol, show)
+            for row in rows:
+                if row.missing and row.missing.startswith("failed"):
+                    print(f"{case.title}: {row.name}: {row.missing}", file=sys.stderr)
+                    failed = True
+    return int(failed)
 
 
 def print_result(result: object) -> None:
-    """A case's table, the roofline it refers to, and who leads."""
+    """A case's table, what is missing, the roofline it refers to, and who leads."""
     from ..benchmark.report import CaseResult
 
     assert isinstance(result, CaseResult)
     head, rows = result.table()
     print()
     print_table(head, rows, result.case.title)
-    print(result.roofline())
-    print(result.lead())
+    for line in [*result.absent(), result.roofline(), result.lead()]:
+        print(paragraph(line))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 
 HAS_RICH = importlib.util.find_spec("rich") is not None
@@ -13,10 +15,11 @@ HAS_RICH = importlib.util.find_spec("rich") is not None
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str = "", numbers: bool = True) -> None:
     """Prints a table to stdout; the columns behind the first are aligned right if they hold `numbers`."""
     if HAS_RICH and sys.stdout.isatty():
+        from rich import box
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(title=title or None, title_justify="left")
+        table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for index, column in enumerate(head):
             table.add_column(column, justify="right" if index and numbers else "left", overflow="fold")
         for row in rows:
@@ -39,6 +42,12 @@ def plain_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str =
         cells = [f"{cell:{'>' if index and numbers else '<'}{widths[index]}}" for index, cell in enumerate(row)]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def paragraph(text: str) -> str:
+    """`text` broken at the terminal's edge, 120 at most; later lines are indented."""
+    width = min(shutil.get_terminal_size().columns, 120)
+    return textwrap.fill(text, width, subsequent_indent="  ", break_on_hyphens=False)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Patches, classifies, compares, times; status 1 if the classes disagree or a runtime failed."""
-    from ..benchmark.rounds import measure
+    from ..benchmark.rounds import Protocol, measure
     from ..benchmark.runtimes import select
 
     status = 0
@@ -30,7 +30,7 @@ def main(arguments: argparse.Namespace) -> int:
         if not classify(case):
             status = 1
         with progress() as show:
-            result = measure(case, select(RUNTIMES), rounds=5, progress=show)
+            result = measure(case, select(RUNTIMES), Protocol(rounds=5), show)
         print_result(result)
         if result.broken():
             status = 1

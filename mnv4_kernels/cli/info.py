@@ -19,8 +19,8 @@ OPTIONAL = {
     "triton": "no GPU kernels",
     "rich": "plain tables",
     "scikit-learn": "demo needs it for its photograph",
-    "onnxruntime": "bench reports it as missing",
-    "openvino": "bench reports it as missing",
+    "onnxruntime": "bench needs it, here or in an environment of its own",
+    "openvino": "bench needs it, here or in an environment of its own",
 }
 
 
