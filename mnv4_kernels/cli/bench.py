@@ -8,8 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+from ..patching.tables import paragraph
+from ..patching.tables import render as table
 from .arguments import add_case_arguments, cases_of
-from .console import paragraph, print_table, progress
+from .console import progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +106,6 @@ def print_result(result: object) -> None:
 
     assert isinstance(result, CaseResult)
     head, rows = result.table()
-    print()
-    print_table(head, rows, result.case.title)
+    print(f"\n{table(result.case.title, head, rows)}")
     for line in [*result.absent(), result.roofline(), result.lead()]:
         print(paragraph(line))

@@ -7,9 +7,10 @@ import copy
 
 import torch
 
+from ..patching.tables import render as table
 from .arguments import add_case_arguments, cases_of
 from .bench import print_result
-from .console import print_table, progress
+from .console import progress
 
 RUNTIMES = ["eager", "torch.compile", "ours patched", "ours optimized"]
 
@@ -57,9 +58,8 @@ def classify(case: object) -> bool:
         theirs.indices.tolist(), theirs.values.tolist(), ours.indices.tolist(), ours.values.tolist(), strict=True
     )
     rows = [[f"class {a}", f"{b:.5f}", f"class {c}", f"{d:.5f}"] for a, b, c, d in columns]
-    print_table(
-        ["timm", "logit", "patched", "logit"], rows, f"{case.model} (random weights) on scikit-learn's china.jpg"
-    )
+    title = f"{case.model} (random weights) on scikit-learn's china.jpg"
+    print(table(title, ["timm", "logit", "patched", "logit"], rows))
     same = theirs.indices.tolist() == ours.indices.tolist()
     print(f"the five best classes {'agree' if same else 'DISAGREE'}")
     return same

@@ -11,13 +11,13 @@ import torch
 
 from .. import environment
 from ..backends import device, native
-from .console import print_table
+from ..patching.tables import render as table
 
 #: distribution -> what is lost without it
 OPTIONAL = {
     "timm": "patch, verify, bench and demo need it",
     "triton": "no GPU kernels",
-    "rich": "plain tables",
+    "rich": "progress in plain lines",
     "scikit-learn": "demo needs it for its photograph",
     "onnxruntime": "bench needs it, here or in an environment of its own",
     "openvino": "bench needs it, here or in an environment of its own",
@@ -59,13 +59,11 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(facts, indent=2))
         return 0
-    print_table(["fact", "value"], _rows(facts), "mnv4_kernels", numbers=False)
-    print()
+    print(table("mnv4_kernels", ["fact", "value"], _rows(facts)))
     optional = [[name, found or f"missing: {OPTIONAL[name]}"] for name, found in facts["optional"].items()]
-    print_table(["optional", "version"], optional, numbers=False)
-    print()
+    print(f"\n{table('', ['optional', 'version'], optional)}\n")
     variables = [[name, "not set" if value is None else value] for name, value in facts["environment"].items()]
-    print_table(["environment", "value"], variables, numbers=False)
+    print(table("", ["environment", "value"], variables))
     return 0
 
 

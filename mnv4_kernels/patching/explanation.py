@@ -45,13 +45,13 @@ class ExplainReport:
                 row.name,
                 row.cls,
                 "x".join(map(str, row.shape)),
-                ", ".join(row.steps) or TIMM,
                 row.kernel,
+                ", ".join(row.steps) or TIMM,
                 row.reason,
             )
             for row in self.rows
         ]
-        columns = ("module", "class", "input", "ops", "kernel", "why not better")
+        columns = ("module", "class", "input", "kernel", "ops", "why not better")
         return tables.render(f"mnv4_kernels.explain({self.model})", columns, rows)
 
 

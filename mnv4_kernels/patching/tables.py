@@ -1,38 +1,77 @@
-"""Tables on a terminal: with rich where it is installed, else plain text."""
+"""Tables as text that stay readable at any width."""
 
 from __future__ import annotations
 
-import os
+import re
+import shutil
+import textwrap
 from collections.abc import Sequence
 
+#: Where there is no terminal and no COLUMNS: a log file has no edge to wrap at.
+NO_EDGE = 160
 
-def render(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
-    """A table as text, one line a row, with `notes` below it."""
-    try:
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-    except ImportError:
-        return _plain(title, columns, rows, notes)
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    console = Console(color_system=None)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        # a log file has no edge to wrap at
-        console.width = 160
-    with console.capture() as capture:
-        console.print(table)
-        for note in notes:
-            console.print(Text(note))
-    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+_NUMBER = re.compile(r"[+-]?\d[\d.]*(e[+-]?\d+)?[%x]?")
+_GAP = "  "
+_INDENT = " " * 4
 
 
-def _plain(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
-    widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (columns, *rows)]
-    rule = "-" * max(map(len, lines))
-    return "\n".join([title, lines[0].rstrip(), rule, *(line.rstrip() for line in lines[1:]), *notes])
+def render(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    notes: Sequence[str] = (),
+    width: int | None = None,
+) -> str:
+    """A table, one line a row where that fits; else the last columns go below each row, indented and wrapped.
+
+    Args:
+        title: the first line; "" for none.
+        columns: heads; a column of numbers is aligned right.
+        rows: cells, as many a row as there are columns.
+        notes: paragraphs below the table.
+        width: of the lines; None: the terminal's.
+    """
+    if width is None:
+        width = shutil.get_terminal_size((NO_EDGE, 24)).columns
+    shown = len(columns)
+    while shown > 1 and max(map(len, _lines(columns, rows, shown))) > width:
+        shown -= 1
+    head, *lines = _lines(columns, rows, shown)
+    parts = [title] if title else []
+    parts += [head, "-" * max(len(line) for line in (head, *lines))]
+    for line, row in zip(lines, rows, strict=True):
+        parts.append(line)
+        parts += [_wrapped(cell, width, _INDENT) for cell in row[shown:] if cell]
+    return "\n".join([*parts, *(_wrapped(note, width, "") for note in notes)])
+
+
+def paragraph(text: str, width: int | None = None) -> str:
+    """`text` broken at the terminal's edge, or at `width`; later lines are indented."""
+    return textwrap.fill(
+        text,
+        width or shutil.get_terminal_size((NO_EDGE, 24)).columns,
+        subsequent_indent=_GAP,
+        break_on_hyphens=False,
+    )
+
+
+def _wrapped(text: str, width: int, indent: str) -> str:
+    return textwrap.fill(
+        text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False
+    )
+
+
+def _lines(columns: Sequence[str], rows: Sequence[Sequence[str]], shown: int) -> list[str]:
+    """The heads and a line a row, of the first `shown` columns."""
+    widths, marks = [], []
+    for index in range(shown):
+        cells = [row[index] for row in rows]
+        widths.append(max(map(len, (columns[index], *cells))))
+        numbers = [cell for cell in cells if cell]
+        marks.append(">" if numbers and all(_NUMBER.fullmatch(cell) for cell in numbers) else "<")
+    return [
+        _GAP.join(
+            f"{cell:{mark}{width}}" for cell, mark, width in zip(row[:shown], marks, widths, strict=True)
+        ).rstrip()
+        for row in (columns, *rows)
+    ]
