@@ -206,9 +206,9 @@ void Engine::run(const Shape& shape, const Input& input, const std::vector<float
     const std::shared_ptr<Plan> chosen = plan(part, workers, tag);
     Memory memory = chosen->borrow();
     const Context context{memory.data(), in, out.data(), nullptr};
-    Barrier barrier(workers);
+    Team team(workers, chosen->most_jobs());
     parallel(workers, [&](int64_t begin, int64_t end) {
-      chosen->run(context, barrier, begin, end, chosen->scratch(memory, begin));
+      chosen->run(context, team, begin, end, chosen->scratch(memory, begin));
     });
     for (size_t i = 0; i < out.size(); ++i) {
       const Shape& s = chosen->outputs()[i];
@@ -236,9 +236,9 @@ Engine::Profile Engine::profile(const Shape& shape, const Input& input, int64_t 
   found.seconds.assign(static_cast<size_t>(repeats) * steps, 0.0);
   for (int64_t r = 0; r < repeats; ++r) {
     const Context context{memory.data(), input, outputs.data(), found.seconds.data() + static_cast<size_t>(r) * steps};
-    Barrier barrier(workers);
+    Team team(workers, chosen->most_jobs());
     parallel(workers, [&](int64_t begin, int64_t end) {
-      chosen->run(context, barrier, begin, end, chosen->scratch(memory, begin));
+      chosen->run(context, team, begin, end, chosen->scratch(memory, begin));
     });
   }
   chosen->give_back(std::move(memory));

@@ -3,6 +3,7 @@
 // the number of workers.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -64,6 +65,8 @@ class Job {
   // Units [begin, end); the worker's scratch holds scratch_floats() floats.
   virtual void run(const Context& context, int64_t begin, int64_t end, Worker& worker) const = 0;
   virtual int64_t scratch_floats() const { return 0; }
+  // Units that are worth taking at once.
+  virtual int64_t grain() const { return 1; }
   // Weights that units [begin, end) read, in that order; empty where fetching them ahead is not worth it.
   virtual std::vector<Stream::Range> weights(int64_t begin, int64_t end) const;
   // Bytes of weights that the tiles of units [begin, end) pass through: the clock by which a stream runs.
@@ -116,6 +119,8 @@ class ConvJob : public Job {
   explicit ConvJob(Spec spec);
   void run(const Context& context, int64_t begin, int64_t end, Worker& worker) const override;
   int64_t scratch_floats() const override;
+  // a run begins with filling the ring
+  int64_t grain() const override { return 8; }
   std::vector<Stream::Range> weights(int64_t begin, int64_t end) const override;
   int64_t passes(int64_t begin, int64_t end) const override;
 
@@ -164,6 +169,7 @@ class PanelJob : public Job {
   };
   explicit PanelJob(Spec spec);
   void run(const Context& context, int64_t begin, int64_t end, Worker& worker) const override;
+  int64_t grain() const override { return whole_ ? 1 : std::min<int64_t>(tiles_, 8); }
   int64_t scratch_floats() const override;
   std::vector<Stream::Range> weights(int64_t begin, int64_t end) const override;
   int64_t passes(int64_t begin, int64_t end) const override;
@@ -186,6 +192,7 @@ class DepthwiseJob : public Job {
  public:
   DepthwiseJob(const Planes& x, Depthwise dw);
   void run(const Context& context, int64_t begin, int64_t end, Worker& worker) const override;
+  int64_t grain() const override { return std::min<int64_t>(dw_.y.height, 8); }
   int64_t scratch_floats() const override { return dw_.padded_floats(); }
 
  private:

@@ -435,20 +435,49 @@ Plan::Plan(const Program& program, const std::vector<PackedNode>& packed, const 
   Planner(*this, program, packed, input, tag, compute, cache_bytes);
 }
 
-void Plan::run(const Context& context, Barrier& barrier, int64_t begin, int64_t end, float* scratch) const {
+void Plan::prepare(Team& team, size_t step, int64_t begin, int64_t end) const {
+  if (step >= steps_.size()) return;
+  for (size_t j = 0; j < steps_[step].jobs.size(); ++j) {
+    const std::vector<int64_t>& bounds = steps_[step].bounds[j];
+    for (int64_t w = begin; w < end; ++w) {
+      team.queue(step, j, w).reset(bounds[static_cast<size_t>(w)], bounds[static_cast<size_t>(w) + 1]);
+    }
+  }
+}
+
+int64_t Plan::most_jobs() const {
+  size_t jobs = 0;
+  for (const Step& step : steps_) jobs = std::max(jobs, step.jobs.size());
+  return static_cast<int64_t>(jobs);
+}
+
+void Plan::run(const Context& context, Team& team, int64_t begin, int64_t end, float* scratch) const {
   const bool timed = context.step_seconds && begin == 0;
   auto last_time = std::chrono::steady_clock::now();
+  prepare(team, 0, begin, end);
   for (size_t s = 0; s < steps_.size(); ++s) {
     const Step& step = steps_[s];
     const Step::Ahead& ahead = step.ahead[static_cast<size_t>(begin)];
     Worker worker{scratch, Stream(ahead.ranges.data(), ahead.ranges.data() + ahead.ranges.size(), ahead.rate)};
+    int64_t first = 0;
+    int64_t last = 0;
     for (size_t j = 0; j < step.jobs.size(); ++j) {
-      const std::vector<int64_t>& bounds = step.bounds[j];
-      const int64_t first = bounds[static_cast<size_t>(begin)];
-      const int64_t last = bounds[static_cast<size_t>(end)];
-      if (first < last) step.jobs[j]->run(context, first, last, worker);
+      const Job& job = *step.jobs[j];
+      for (int64_t w = begin; w < end; ++w) {
+        while (team.queue(s, j, w).take_front(job.grain(), &first, &last)) job.run(context, first, last, worker);
+      }
     }
-    barrier.arrive(end - begin);
+    // a core that other work disturbs, or a slower one, must not hold up the rest
+    for (int64_t i = end; i < begin + team.workers(); ++i) {
+      for (size_t j = 0; j < step.jobs.size(); ++j) {
+        const Job& job = *step.jobs[j];
+        Queue& queue = team.queue(s, j, i % team.workers());
+        while (queue.take_back(job.grain(), &first, &last)) job.run(context, first, last, worker);
+      }
+    }
+    // nobody looks at the next step's queues before the barrier opens
+    prepare(team, s + 1, begin, end);
+    team.barrier.arrive(end - begin);
     if (timed) {
       const auto now = std::chrono::steady_clock::now();
       context.step_seconds[s] += std::chrono::duration<double>(now - last_time).count();

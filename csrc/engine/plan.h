@@ -26,7 +26,10 @@ class Plan {
        Storage compute, int64_t cache_bytes);
 
   // Runs workers [begin, end) of the plan; all workers must be running at the same time.
-  void run(const Context& context, Barrier& barrier, int64_t begin, int64_t end, float* scratch) const;
+  void run(const Context& context, Team& team, int64_t begin, int64_t end, float* scratch) const;
+
+  // Jobs of the step that has the most of them.
+  int64_t most_jobs() const;
 
   // An arena of this plan's size with every worker's scratch behind it; given back when done.
   Memory borrow();
@@ -44,6 +47,9 @@ class Plan {
 
  private:
   friend class Planner;
+  // Fills the queues of workers [begin, end) for a step.
+  void prepare(Team& team, size_t step, int64_t begin, int64_t end) const;
+
   std::vector<Step> steps_;
   std::vector<Shape> outputs_;
   // biases of attention's products; earlier ones stay where they are

@@ -2,6 +2,8 @@
 
 #include <sched.h>
 
+#include <algorithm>
+
 namespace mnv4::engine {
 namespace {
 
@@ -32,6 +34,28 @@ void Barrier::arrive(int64_t workers) {
     } else {
       sched_yield();
     }
+  }
+}
+
+bool Queue::take_front(int64_t grain, int64_t* begin, int64_t* end) {
+  uint64_t range = range_.load(std::memory_order_relaxed);
+  for (;;) {
+    const int64_t left = last(range) - first(range);
+    if (left <= 0) return false;
+    *begin = first(range);
+    *end = *begin + std::min(left, std::max(grain, (left + 1) / 2));
+    if (range_.compare_exchange_weak(range, pack(*end, last(range)), std::memory_order_relaxed)) return true;
+  }
+}
+
+bool Queue::take_back(int64_t grain, int64_t* begin, int64_t* end) {
+  uint64_t range = range_.load(std::memory_order_relaxed);
+  for (;;) {
+    const int64_t left = last(range) - first(range);
+    if (left < 2 * grain) return false;
+    *end = last(range);
+    *begin = *end - std::max(grain, left / 2);
+    if (range_.compare_exchange_weak(range, pack(first(range), *begin), std::memory_order_relaxed)) return true;
   }
 }
 
