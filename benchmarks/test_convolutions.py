@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
-from shapes import ConvShape
+from shapes import CallShape
 from torch.nn import functional as F
 
 from mnv4_kernels import ops
@@ -19,7 +19,7 @@ from mnv4_kernels.backends import native
 Call = Callable[[], torch.Tensor]
 
 
-def calls(shape: ConvShape, batch: int) -> dict[str, Call]:
+def calls(shape: CallShape, batch: int) -> dict[str, Call]:
     """The same convolution, normalised and activated, by both sides, ready to run."""
     generator = torch.Generator().manual_seed(0)
     depthwise = shape.op == "dwconv_bn_act"
@@ -45,7 +45,7 @@ def calls(shape: ConvShape, batch: int) -> dict[str, Call]:
 
 
 @pytest.mark.parametrize("side", ["ours", "eager"])
-def test_convolution(shape: ConvShape, side: str, batch: int, benchmark: BenchmarkFixture) -> None:
+def test_convolution(shape: CallShape, side: str, batch: int, benchmark: BenchmarkFixture) -> None:
     both = calls(shape, batch)
     benchmark.group = shape.name
     with torch.no_grad():

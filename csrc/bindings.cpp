@@ -8,6 +8,7 @@
 
 #include "cpu/features.h"
 #include "engine/memory.h"
+#include "engine/phases.h"
 #include "engine/program.h"
 #include "kernels/gemm/gemm.h"
 #include "kernels/peak/peak.h"
@@ -72,6 +73,8 @@ PYBIND11_MODULE(_C, m) {
         return std::vector<std::string>(std::begin(mnv4::engine::kPadModeNames), std::end(mnv4::engine::kPadModeNames));
       },
       "Padding modes of an engine program's nodes, by their codes.");
+  m.def(
+      "engine_most_images", [] { return mnv4::engine::kMostImages; }, "Images that one plan takes at a time at most.");
   m.def("engine_bytes", &mnv4::engine::Memory::total, "Bytes that all engines of the process hold.");
   py::module_ microkernels = m.def_submodule("microkernels", "Single kernels of the lists, for tests.");
   mnv4::test_access::define(microkernels);

@@ -21,7 +21,7 @@ from mnv4_kernels.benchmark.foreign import player
 from mnv4_kernels.benchmark.intervals import ratio, spread
 from mnv4_kernels.benchmark.kit import ConversionError, Kit
 from mnv4_kernels.benchmark.page import plot, render
-from mnv4_kernels.benchmark.report import CaseResult, Report, Row, Turn, provenance
+from mnv4_kernels.benchmark.report import CaseResult, Report, Row, Turn, provenance, regressions
 from mnv4_kernels.benchmark.rounds import Protocol, Worker, WorkerError, measure, prepare
 from mnv4_kernels.benchmark.runtimes import RUNTIMES, Foreign, Runtime, select
 from mnv4_kernels.cli import main, parser
@@ -371,6 +371,17 @@ class TestReport:
         path.write_text('{"provenance": {}, "results": [{"rows": [{"name": "eager"}]}]}')
         with pytest.raises(ValueError, match="must have the fields that bench writes, got another format"):
             Report.read(path)
+
+    def test_a_ratio_that_fell_is_a_regression_and_a_slower_machine_is_none(self) -> None:
+        before, slower, lost = (Report([made_up_result()], {}) for _ in range(3))
+        for row in slower.results[0].rows:
+            row.turns = made_up_turns(*(3 * turn.median for turn in row.turns))
+        assert regressions(slower, before) == []
+        lost.results[0].rows[2].turns = made_up_turns(8.0, 9.0, 7.0)
+        assert [line.partition(" was ")[0] for line in regressions(lost, before)] == [
+            f"{SMALL.title}: ours patched over eager",
+            f"{SMALL.title}: ours patched over torch.compile",
+        ]
 
     def test_a_case_is_done_with_all_its_runtimes_and_measured_again_in_place(self) -> None:
         report = Report([made_up_result()], {})

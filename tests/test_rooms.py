@@ -169,3 +169,8 @@ def test_the_first_two_commands_of_the_readme_install_and_test() -> None:
         for number in (1, 2)
     ]
     assert commands == ['pip install ".[demo]" && mnv4-kernels demo', 'pip install ".[test]" && pytest']
+
+
+def test_the_results_of_the_readme_are_those_of_the_result_files() -> None:
+    script = [sys.executable, ROOT / "benchmarks" / "readme_table.py", "--check"]
+    assert subprocess.run(script).returncode == 0, "run `python benchmarks/readme_table.py`"

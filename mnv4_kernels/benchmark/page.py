@@ -11,6 +11,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; 
 table { border-collapse: collapse; margin: 1em 0; }
 th, td { padding: .2em .8em; border-bottom: 1px solid #ddd; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
+.point { fill: #c4451c; fill-opacity: .6; } .roof { stroke: #222; fill: none; } .grid { stroke: #ddd; }
 .ours { fill: #c4451c; } .theirs { fill: #8899aa; } .floor { stroke: #222; stroke-dasharray: 4 3; }
 svg text { font: 13px system-ui, sans-serif; }
 """

@@ -245,6 +245,26 @@ class Report:
         self.results = [*(kept for kept in self.results if kept.case != result.case), result]
 
 
+def regressions(now: Report, before: Report) -> list[str]:
+    """A sentence for each of our rows that lost against a competitor measured beside it, then and now.
+
+    Ratios within a run are compared, not times, so that another or a busier machine is no regression: ours lost if
+    the interval of today's ratio lies wholly below the interval of then.
+    """
+    found: list[str] = []
+    earlier = {result.case: {row.name: row for row in result.rows if row.turns} for result in before.results}
+    for result in now.results:
+        known = earlier.get(result.case, {})
+        rows = [row for row in result.rows if row.turns and row.name in known]
+        for reference in (row for row in rows if not row.ours):
+            for row in (row for row in rows if row.ours):
+                then = ratio(known[reference.name].medians, known[row.name].medians)
+                today = ratio(reference.medians, row.medians)
+                if today.high < then.low:
+                    found.append(f"{result.case.title}: {row.name} over {reference.name} was {then}, is {today}")
+    return found
+
+
 def made_now() -> dict[str, Any]:
     """Commit and date, kept with each case because a file may be written in several runs."""
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -32,17 +33,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="keep the cases that are in --json FILE, measure the others"
     )
     parser.add_argument("--minutes", type=float, help="start no case later than this; --resume goes on")
+    parser.add_argument(
+        "--against", metavar="FILE", help="status 3 if a ratio to a competitor is below that of FILE's, intervals apart"
+    )
     parser.add_argument("--cache", metavar="DIR", type=Path, help="keep references and converted models for other runs")
     parser.add_argument("--prepare", action="store_true", help="only fill --cache DIR, time nothing")
+    parser.add_argument(
+        "--profile", action="store_true", help="where the optimized network's time goes: per block and per step"
+    )
     parser.add_argument(
         "--environments", metavar="DIR", type=Path, default=FOLDER, help=f"of the competitors (default {FOLDER})"
     )
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Measures, prints a table per case; status 1 if one of our runtimes gave a wrong result or failed."""
+    """Measures, prints a table per case; status 1 if one of ours failed or was wrong, 3 on a regression."""
     from ..benchmark.page import render
-    from ..benchmark.report import Report, provenance
+    from ..benchmark.report import Report, provenance, regressions
     from ..benchmark.rounds import Protocol, measure
     from ..benchmark.runtimes import select
 
@@ -52,6 +59,8 @@ def main(arguments: argparse.Namespace) -> int:
         raise ValueError("`--resume` needs --json FILE, which has the cases to keep")
     protocol = Protocol(arguments.rounds, arguments.seconds, arguments.environments, arguments.cache)
     runtimes = select(arguments.runtimes)
+    if arguments.profile:
+        return _profile(arguments)
     if arguments.prepare:
         return _prepare(arguments, protocol)
     report = Report.read(file) if arguments.resume and file and file.exists() else Report([], provenance())
@@ -79,6 +88,10 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.html:
         Path(arguments.html).write_text(render(report))
         print(f"wrote {arguments.html}", file=sys.stderr)
+    if arguments.against:
+        lost = regressions(report, Report.read(Path(arguments.against)))
+        print("\n".join(paragraph(f"slower: {line}") for line in lost) or "no regression", file=sys.stderr)
+        status = status or (3 if lost else 0)
     return status
 
 
@@ -98,6 +111,27 @@ def _prepare(arguments: argparse.Namespace, protocol: object) -> int:
                     print(f"{case.title}: {row.name}: {row.missing}", file=sys.stderr)
                     failed = True
     return int(failed)
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    from ..benchmark.profile_page import render
+    from ..benchmark.profiling import profile
+
+    profiles = [profile(case) for case in cases_of(arguments)]
+    for found in profiles:
+        print(f"\n{table(f'{found.case.title}: steps', *found.step_table())}")
+        print(f"\n{table(f'{found.case.title}: blocks', *found.block_table())}")
+        print(paragraph(found.footnote()))
+    if arguments.json:
+        text = json.dumps([dataclasses.asdict(found) for found in profiles], indent=1)
+        if arguments.json == "-":
+            print(text)
+        else:
+            Path(arguments.json).write_text(text + "\n")
+    if arguments.html:
+        Path(arguments.html).write_text(render(profiles))
+        print(f"wrote {arguments.html}", file=sys.stderr)
+    return 0
 
 
 def print_result(result: object) -> None:

@@ -26,10 +26,14 @@ class ProgramPart(nn.Module):
         program: [nodes, fields] int64.
         arrays: folded weights and biases, float32.
         bfloat16: multiply in bfloat16 where the processor does; else in float32, with the same arrays.
+        names: of the module that each node comes from.
     """
 
-    def __init__(self, program: torch.Tensor, arrays: list[torch.Tensor], bfloat16: bool) -> None:
+    def __init__(
+        self, program: torch.Tensor, arrays: list[torch.Tensor], bfloat16: bool, names: list[str] | None = None
+    ) -> None:
         super().__init__()
+        self.names = names or [""] * len(program)
         self.in_bfloat16 = bfloat16
         self.program = program
         self.arrays = arrays

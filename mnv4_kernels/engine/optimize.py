@@ -65,6 +65,7 @@ class _Assembly:
         self.parts: list[nn.Module] = []
         self.fallbacks: list[tuple[str, str]] = []
         self.builder: ProgramBuilder | None = None
+        self.names: list[str] = []
         self.node = 0
         self.channels = model.conv_stem.in_channels
 
@@ -90,6 +91,7 @@ class _Assembly:
     def _program(self) -> ProgramBuilder:
         if self.builder is None:
             self.builder = ProgramBuilder(self.channels, self.dtype)
+            self.names = []
             self.node = 0
         return self.builder
 
@@ -98,7 +100,10 @@ class _Assembly:
             if not isinstance(owner, DropIn):
                 raise UnsupportedError(f"{type(owner).__name__} is no block that the engine knows")
             body = owner._mnv4_body(key)
-            self.node = self._program().steps(body.steps, self.node, residual=body.residual)
+            builder = self._program()
+            self._name_nodes("")
+            self.node = builder.steps(body.steps, self.node, residual=body.residual)
+            self._name_nodes(name)
         except UnsupportedError as reason:
             self._fall_back(name, owner, str(reason))
         self.channels = _channels_after(owner, key, self.channels)
@@ -109,6 +114,11 @@ class _Assembly:
         self.fallbacks.append((name, reason))
         self._close(final=False)
         self.parts.append(TimmPart(owner, tap=False))
+
+    def _name_nodes(self, name: str) -> None:
+        """The nodes added since the last call are `name`'s."""
+        if self.builder is not None:
+            self.names += [name] * (len(self.builder.rows) - len(self.names))
 
     def _tap(self, wanted: bool) -> None:
         if not wanted:
@@ -127,7 +137,9 @@ class _Assembly:
         if any(isinstance(step, Own) for step in body.steps):
             reasons = "; ".join(step.reason for step in body.steps if isinstance(step, Own))
             raise OptimizeError(f"`head` has no place in a program: {reasons}")
+        self._name_nodes("")
         self.node = builder.steps(body.steps, self.node, residual=body.residual)
+        self._name_nodes("head")
         builder.output(self.node, RESULT)
 
     def _close(self, final: bool) -> None:
@@ -136,7 +148,8 @@ class _Assembly:
         if not final and len(self.builder.rows) > 1:
             self.builder.output(self.node, RESULT)
         if len(self.builder.rows) > 1:
-            self.parts.append(ProgramPart(*self.builder.finish(), self.dtype == torch.bfloat16))
+            self._name_nodes("")
+            self.parts.append(ProgramPart(*self.builder.finish(), self.dtype == torch.bfloat16, self.names))
         self.builder = None
 
 

@@ -35,15 +35,15 @@ class Program:
 
         The same expressions as the planner's, so that sizes may be symbols.
         """
+        results = zip(self.rows, self.shapes(shape), strict=True)
+        return [y for row, y in results if self.kinds[row["kind"]] == "output" and row["channels"] == tag]
+
+    def shapes(self, shape: Shape) -> list[Shape]:
+        """Shapes of all nodes' results for an input [N, C, H, W]."""
         shapes: list[Shape] = []
-        found: list[Shape] = []
         for row in self.rows:
-            source = shapes[row["input"]] if shapes else shape
-            result = self._result(row, source)
-            shapes.append(result)
-            if self.kinds[row["kind"]] == "output" and row["channels"] == tag:
-                found.append(result)
-        return found
+            shapes.append(self._result(row, shapes[row["input"]] if shapes else shape))
+        return shapes
 
     def _result(self, row: dict[str, int], source: Shape) -> Shape:
         kind = self.kinds[row["kind"]]
