@@ -305,13 +305,6 @@ class TestTracing:
         with torch.no_grad():
             torch.testing.assert_close(traced(images()), model(images()), rtol=1e-4, atol=1e-4)
 
-    def test_torch_export_traces_timms_path(self) -> None:
-        model = patched()
-        with torch.no_grad():
-            expected = model(images())
-            exported = torch.export.export(model, (images(),)).module()
-            torch.testing.assert_close(exported(images()), expected, rtol=1e-4, atol=1e-4)
-
     def test_function_transforms_work(self) -> None:
         model = patched()
         parameters = {name: value.detach() for name, value in model.named_parameters()}

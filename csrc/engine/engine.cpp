@@ -113,42 +113,71 @@ std::vector<Packing> packings(const Node& n, int64_t channels, Storage type) {
   }
 }
 
-}  // namespace
+// Where an array of a node lies in the packed weights.
+struct Place {
+  size_t node;
+  size_t array;
+  Packing packing;
+  int64_t offset;
+};
 
-Engine::Engine(const Program& program, Storage compute) : program_(program), compute_(compute) {
-  const size_t count = program_.nodes.size();
-  std::vector<int64_t> channels(count, 0);
-  std::vector<std::vector<Packing>> layouts(count);
-  int64_t bytes = 0;
-  int64_t largest = 0;
-  for (size_t i = 0; i < count; ++i) {
-    const Node& n = program_.nodes[i];
+std::vector<Place> places(const Program& program, Storage compute) {
+  std::vector<int64_t> channels(program.nodes.size(), 0);
+  std::vector<Place> found;
+  int64_t offset = 0;
+  for (size_t i = 0; i < program.nodes.size(); ++i) {
+    const Node& n = program.nodes[i];
     const int64_t inputs = i == 0 ? n.channels : channels[static_cast<size_t>(n.input)];
     const bool keeps = n.what() == Kind::kPool || n.what() == Kind::kOutput;
     channels[i] = keeps ? inputs : n.channels;
-    layouts[i] = packings(n, inputs, compute);
-    for (const Packing& p : layouts[i]) {
-      bytes += p.bytes();
-      largest = std::max(largest, p.floats());
+    const std::vector<Packing> arrays = packings(n, inputs, compute);
+    for (size_t a = 0; a < arrays.size(); ++a) {
+      found.push_back({i, a, arrays[a], offset});
+      offset += arrays[a].bytes();
     }
+  }
+  return found;
+}
+
+}  // namespace
+
+Engine::Engine(const Program& program, Storage compute) : program_{program.nodes, {}}, compute_(compute) {
+  weights_ = Memory(static_cast<size_t>(packed_bytes(program, compute)));
+  pack(program, compute, weights_.data());
+  find(weights_.data());
+}
+
+Engine::Engine(std::vector<Node> nodes, Storage compute, char* packed)
+    : program_{std::move(nodes), {}}, compute_(compute) {
+  find(packed);
+}
+
+int64_t Engine::packed_bytes(const Program& program, Storage compute) {
+  int64_t bytes = 0;
+  int64_t largest = 0;
+  for (const Place& place : places(program, compute)) {
+    bytes = place.offset + place.packing.bytes();
+    largest = std::max(largest, place.packing.floats());
   }
   // room to pack the last array in float32, and for a tile's prefetch past the end
-  weights_ = Memory(static_cast<size_t>(bytes) + static_cast<size_t>(largest + kPanel * kPanel) * sizeof(float));
-  char* to = weights_.data();
-  packed_.resize(count);
-  for (size_t i = 0; i < count; ++i) {
-    packed_[i].pairs = compute != Storage::kFloat32;
-    for (size_t a = 0; a < layouts[i].size(); ++a) {
-      layouts[i][a].pack(program_.arrays[static_cast<size_t>(program_.nodes[i].weight) + a],
-                         reinterpret_cast<float*>(to));
-      packed_[i].arrays.push_back(to);
-      const int64_t panels = std::max<int64_t>(1, div_up(layouts[i][a].outputs, kPanel));
-      slots_.push_back({i, a, layouts[i][a].type, layouts[i][a].floats() / (panels * kPanel), panels});
-      to += layouts[i][a].bytes();
-    }
+  return bytes + (largest + kPanel * kPanel) * static_cast<int64_t>(sizeof(float));
+}
+
+void Engine::pack(const Program& program, Storage compute, char* to) {
+  for (const Place& place : places(program, compute)) {
+    const size_t array = static_cast<size_t>(program.nodes[place.node].weight) + place.array;
+    place.packing.pack(program.arrays[array], reinterpret_cast<float*>(to + place.offset));
   }
-  // the caller's arrays are only borrowed
-  program_.arrays.clear();
+}
+
+void Engine::find(char* packed) {
+  packed_.resize(program_.nodes.size());
+  for (PackedNode& node : packed_) node.pairs = compute_ != Storage::kFloat32;
+  for (const Place& place : places(program_, compute_)) {
+    packed_[place.node].arrays.push_back(packed + place.offset);
+    const int64_t panels = std::max<int64_t>(1, div_up(place.packing.outputs, kPanel));
+    slots_.push_back({place.node, place.array, place.packing.type, place.packing.floats() / (panels * kPanel), panels});
+  }
 }
 
 const std::vector<PackedNode>& Engine::packed_for(Storage compute) {

@@ -24,6 +24,13 @@ class Engine {
   // the same rounded weights while the tier in use does not multiply it.
   Engine(const Program& program, Storage compute);
 
+  // Reads weights where they lie, packed by pack() for the same nodes and `compute`: they must be there in every run.
+  Engine(std::vector<Node> nodes, Storage compute, char* packed);
+
+  // Bytes that pack() writes for a program of these nodes; the arrays may be missing.
+  static int64_t packed_bytes(const Program& program, Storage compute);
+  static void pack(const Program& program, Storage compute, char* to);
+
   // Shapes of the outputs for an input of `shape`.
   std::vector<Shape> output_shapes(const Shape& shape, int64_t workers, int64_t tag);
 
@@ -60,6 +67,8 @@ class Engine {
 
   const std::vector<PackedNode>& packed_for(Storage compute);
   std::shared_ptr<Plan> plan(const Shape& shape, int64_t workers, int64_t tag);
+
+  void find(char* packed);
 
   Program program_;
   Storage compute_;

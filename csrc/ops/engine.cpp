@@ -2,6 +2,8 @@
 #include "engine/engine.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <list>
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -42,6 +44,15 @@ Registry& registry() {
   return *instance;
 }
 
+// The caller's arrays as a program borrows them; `kept` holds the contiguous ones.
+void borrow_arrays(const std::vector<Tensor>& arrays, engine::Program* program, std::vector<Tensor>* kept) {
+  for (const Tensor& array : arrays) {
+    STD_TORCH_CHECK(storage_of(array, "arrays") == Storage::kFloat32, "`arrays` must be float32");
+    kept->push_back(torch::stable::contiguous(array));
+    program->arrays.push_back({static_cast<const float*>(kept->back().const_data_ptr()), array.numel()});
+  }
+}
+
 int64_t engine_create(Tensor program, std::vector<Tensor> arrays, bool bfloat16) {
   STD_TORCH_CHECK(program.dim() == 2 && program.size(1) == engine::kFields && program.is_contiguous() &&
                       program.scalar_type() == torch::headeronly::ScalarType::Long,
@@ -49,11 +60,7 @@ int64_t engine_create(Tensor program, std::vector<Tensor> arrays, bool bfloat16)
                   shape_text(program));
   engine::Program built;
   std::vector<Tensor> kept;
-  for (const Tensor& array : arrays) {
-    STD_TORCH_CHECK(storage_of(array, "arrays") == Storage::kFloat32, "`arrays` must be float32");
-    kept.push_back(torch::stable::contiguous(array));
-    built.arrays.push_back({static_cast<const float*>(kept.back().const_data_ptr()), array.numel()});
-  }
+  borrow_arrays(arrays, &built, &kept);
   std::string error;
   built.nodes = engine::decode(static_cast<const int64_t*>(program.const_data_ptr()), program.size(0),
                                static_cast<int64_t>(arrays.size()), &error);
@@ -89,19 +96,105 @@ void parallel_region(int64_t workers, const std::function<void(int64_t, int64_t)
   torch::stable::parallel_for(0, workers, 1, body);
 }
 
-std::vector<Tensor> engine_run(int64_t handle, Tensor x, int64_t tag) {
-  const std::shared_ptr<engine::Engine> engine = registry().find(handle);
-  const Source source(x, *engine);
+std::vector<Tensor> run(engine::Engine& engine, const Tensor& x, int64_t tag) {
+  const Source source(x, engine);
   const int64_t workers = torch::stable::get_num_threads();
   std::vector<Tensor> results;
   std::vector<float*> outputs;
-  for (const engine::Shape& s : engine->output_shapes(source.shape, workers, tag)) {
+  for (const engine::Shape& s : engine.output_shapes(source.shape, workers, tag)) {
     const IntList size = s.vector ? IntList{s.images, s.channels} : IntList{s.images, s.channels, s.height, s.width};
     results.push_back(torch::stable::empty(size, torch::headeronly::ScalarType::Float));
     outputs.push_back(floats(results.back()));
   }
-  engine->run(source.shape, source.input, outputs, workers, tag, parallel_region);
+  engine.run(source.shape, source.input, outputs, workers, tag, parallel_region);
   return results;
+}
+
+std::vector<Tensor> engine_run(int64_t handle, Tensor x, int64_t tag) { return run(*registry().find(handle), x, tag); }
+
+// "1 2 3;4 5 6" to nodes: a program as a string is a constant of an exported graph, which a tensor is not.
+std::vector<engine::Node> parse(const std::string& program, int64_t arrays) {
+  std::vector<int64_t> rows;
+  const char* at = program.c_str();
+  while (*at) {
+    char* end = nullptr;
+    rows.push_back(std::strtoll(at, &end, 10));
+    STD_TORCH_CHECK(end != at && (*end == ' ' || *end == ';' || !*end), "`program` must be rows of integers, got \"",
+                    program.substr(static_cast<size_t>(at - program.c_str()), 20), "\"");
+    at = *end ? end + 1 : end;
+  }
+  const auto count = static_cast<int64_t>(rows.size());
+  STD_TORCH_CHECK(count > 0 && count % engine::kFields == 0, "`program` must have rows of ", engine::kFields,
+                  " integers, got ", count, " in all");
+  std::string error;
+  std::vector<engine::Node> nodes = engine::decode(rows.data(), count / engine::kFields, arrays, &error);
+  STD_TORCH_CHECK(error.empty() && !nodes.empty(), error.empty() ? "`program` must have nodes" : error);
+  return nodes;
+}
+
+constexpr int64_t kAnyArrays = int64_t{1} << 40;
+
+Storage storage_for(bool bfloat16) { return bfloat16 ? Storage::kBfloat16 : Storage::kFloat32; }
+
+int64_t program_bytes(std::string program, bool bfloat16) {
+  return engine::Engine::packed_bytes({parse(program, kAnyArrays), {}}, storage_for(bfloat16));
+}
+
+Tensor program_pack(std::string program, std::vector<Tensor> arrays, bool bfloat16) {
+  engine::Program built;
+  std::vector<Tensor> kept;
+  borrow_arrays(arrays, &built, &kept);
+  built.nodes = parse(program, static_cast<int64_t>(arrays.size()));
+  const Storage compute = storage_for(bfloat16);
+  const int64_t bytes = engine::Engine::packed_bytes(built, compute);
+  Tensor packed = torch::stable::empty(IntList{bytes}, torch::headeronly::ScalarType::Byte);
+  auto* to = static_cast<char*>(packed.mutable_data_ptr());
+  std::fill_n(to, bytes, char{0});
+  engine::Engine::pack(built, compute, to);
+  return packed;
+}
+
+// Engines of programs whose weights are the caller's, by where those lie: what they hold is read anew in each run.
+class Programs {
+ public:
+  std::shared_ptr<engine::Engine> find(const std::string& program, const Tensor& packed, bool bfloat16) {
+    auto* weights = static_cast<char*>(packed.mutable_data_ptr());
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto it = entries_.begin(); it != entries_.end(); ++it) {
+      if (it->weights != weights || it->bfloat16 != bfloat16 || it->program != program) continue;
+      entries_.splice(entries_.begin(), entries_, it);
+      return it->engine;
+    }
+    engine::Program nodes{parse(program, kAnyArrays), {}};
+    const Storage compute = storage_for(bfloat16);
+    const int64_t bytes = engine::Engine::packed_bytes(nodes, compute);
+    STD_TORCH_CHECK(packed.scalar_type() == torch::headeronly::ScalarType::Byte && packed.is_contiguous() &&
+                        packed.numel() == bytes,
+                    "`packed` must be the ", bytes, " bytes that program_pack gives for `program`, got ",
+                    shape_text(packed));
+    auto made = std::make_shared<engine::Engine>(std::move(nodes.nodes), compute, weights);
+    // bfloat16 weights are widened into a copy where the instruction is missing, which must not outlive a change
+    if (bfloat16 && !gemm_has_bfloat16()) return made;
+    entries_.push_front({program, weights, bfloat16, made});
+    if (entries_.size() > kEngines) entries_.pop_back();
+    return made;
+  }
+
+ private:
+  static constexpr size_t kEngines = 16;
+  struct Entry {
+    std::string program;
+    const char* weights;
+    bool bfloat16;
+    std::shared_ptr<engine::Engine> engine;
+  };
+  std::mutex mutex_;
+  std::list<Entry> entries_;
+};
+
+std::vector<Tensor> program_run(std::string program, Tensor packed, Tensor x, bool bfloat16, int64_t tag) {
+  static auto* programs = new Programs();
+  return run(*programs->find(program, packed, bfloat16), x, tag);
 }
 
 // (seconds [repeats, steps] float64, node of each step [steps] int64, parts of the steps joined by ';')
@@ -131,10 +224,13 @@ STABLE_TORCH_LIBRARY_IMPL(mnv4_kernels, CPU, m) {
   m.impl("engine_create", TORCH_BOX(&engine_create));
   m.impl("engine_run", TORCH_BOX(&engine_run));
   m.impl("engine_profile", TORCH_BOX(&engine_profile));
+  m.impl("program_pack", TORCH_BOX(&program_pack));
+  m.impl("program_run", TORCH_BOX(&program_run));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mnv4_kernels, CompositeExplicitAutograd, m) {
   m.impl("engine_free", TORCH_BOX(&engine_free));
+  m.impl("program_bytes", TORCH_BOX(&program_bytes));
 }
 
 }  // namespace mnv4::ops

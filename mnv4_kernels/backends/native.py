@@ -13,6 +13,8 @@ from types import ModuleType
 
 import torch
 
+from .tracing import constant_in_graphs
+
 PACKAGE = Path(__file__).resolve().parent.parent
 LIBRARY = PACKAGE / "lib" / "libmnv4_kernels_ops.so"
 
@@ -25,6 +27,7 @@ def load() -> bool:
     return _loaded()[0] is not None
 
 
+@constant_in_graphs
 def available() -> bool:
     """True if the C++ ops are registered."""
     return load()

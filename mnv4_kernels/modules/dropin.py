@@ -18,6 +18,7 @@ from ..environment import Switches
 from ..ops.layout import memory_format_of
 from ..ops.piece import piece, remember
 from . import leaves
+from .exported import export_piece
 from .plan import Body, Plan, fake_of
 
 #: The plans' place in a drop-in's `__dict__`; not a buffer, so that no state_dict shows it.
@@ -27,7 +28,6 @@ PLANS = "_mnv4_plans"
 NUMBER = "_mnv4_number"
 
 TRAINING = "train mode: timm's own path, training kernels don't exist yet"
-EXPORTING = "torch.export traces timm's own path"
 COMPILING_GRADIENTS = "torch.compile with gradients enabled: the ops' graphs are made under torch.no_grad()"
 TRACING = "torch.jit traces timm's own path"
 TRANSFORMED = "inside a torch.func transform or forward-mode AD"
@@ -106,6 +106,8 @@ class DropIn(nn.Module):
         """The piece `key` as one op of the graph that torch.compile makes; None where it must trace timm's own path."""
         if self._mnv4_obstacle(x):
             return None
+        if torch.compiler.is_exporting():
+            return export_piece(self, key, x)
         structure = _traceable(self, key, x.dtype)
         if not structure:
             return None
@@ -180,7 +182,8 @@ def refresh(model: nn.Module) -> None:
 def _traced_obstacle(x: Any) -> str:
     """Why a graph of torch.compile gets timm's own path for the input `x`; empty: it need not."""
     if torch.compiler.is_exporting():
-        return EXPORTING
+        plain = x.dim() == 4 and x.is_cpu and x.dtype in leaves.DTYPES
+        return AUTOCAST if torch.is_autocast_enabled("cpu") else "" if plain else _input_obstacle(x)
     # parameters are no inputs of the op: nothing would tell that they require gradients
     if torch.is_grad_enabled():
         return COMPILING_GRADIENTS

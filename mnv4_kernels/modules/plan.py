@@ -68,7 +68,7 @@ class Plan:
         self.watch = Watch(body.owner, body.bypassed, body.settings)
         self.switches = Switches(op for step in body.fused for op in step.ops)
         self.obstacle = _obstacle(body)
-        self.dtype = None if self.obstacle else _dtype_of(body.fused)
+        self.dtype = None if self.obstacle else dtype_of(body.fused)
         # a module of timm's, called again in the backward, might by then be in another mode
         self._differentiable = not body.own
         self._call: Run | None = None
@@ -111,7 +111,12 @@ def ready(body: Body) -> Run:
     """One function for a body: its steps folded and packed, called in order, and the skip."""
     # plans are made in whatever mode the first call is in, and outlive it
     with torch.inference_mode(False), torch.no_grad():
-        calls: list[Call] = [step.module if isinstance(step, Own) else step.prepare() for step in body.steps]
+        return in_order(body)
+
+
+def in_order(body: Body) -> Run:
+    """`ready` in the mode of the caller."""
+    calls: list[Call] = [step.module if isinstance(step, Own) else step.prepare() for step in body.steps]
     last = body.steps[-1]
     if body.residual and not isinstance(last, Own) and last.takes_residual:
         finish = calls.pop()
@@ -163,12 +168,12 @@ def _obstacle(body: Body) -> str:
     if not body.fused:
         return "; ".join(dict.fromkeys(step.reason for step in body.own)) or "nothing that an op computes"
     reasons = [reason for step in body.fused for module in step.modules() for reason in leaves.tensor_reasons(module)]
-    if not reasons and _dtype_of(body.fused) is None:
+    if not reasons and dtype_of(body.fused) is None:
         reasons.append("convolutions of different dtypes")
     return "; ".join(dict.fromkeys(reasons))
 
 
-def _dtype_of(steps: Sequence[Fused]) -> torch.dtype | None:
+def dtype_of(steps: Sequence[Fused]) -> torch.dtype | None:
     dtypes = {module.weight.dtype for step in steps for module in step.modules() if isinstance(module, nn.Conv2d)}
     return dtypes.pop() if len(dtypes) == 1 else None
 

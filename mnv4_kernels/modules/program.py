@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..backends import native
+from ..backends.tracing import constant_in_graphs
 from ..ops.activation import ACTIVATIONS
 from . import folding, leaves
 from .attention import MultiQuery
@@ -29,15 +30,20 @@ class UnsupportedError(Exception):
     """A piece that the engine has no node for; the text says which and why."""
 
 
-@functools.cache
+@constant_in_graphs
 def fields() -> tuple[str, ...]:
     """The columns of a program's rows, as the C++ side has them."""
-    return tuple(native.module().engine_fields())
+    return _names("engine_fields")
+
+
+@constant_in_graphs
+def _code(table: str, name: str) -> int:
+    return _names(table).index(name)
 
 
 @functools.cache
-def _code(table: str, name: str) -> int:
-    return list(getattr(native.module(), table)()).index(name)
+def _names(table: str) -> tuple[str, ...]:
+    return tuple(getattr(native.module(), table)())
 
 
 class ProgramBuilder:
@@ -53,6 +59,11 @@ class ProgramBuilder:
         self.arrays: list[torch.Tensor] = []
         self._dtype = dtype
         self._add("input", -1, channels=channels)
+
+    @property
+    def bfloat16(self) -> bool:
+        """Whether the program multiplies in bfloat16 where the processor does."""
+        return self._dtype == torch.bfloat16
 
     def _add(self, kind: str, source: int, **values: int) -> int:
         known = {"kind": _code("engine_kinds", kind), "input": source, "residual": -1, "weight": len(self.arrays)}

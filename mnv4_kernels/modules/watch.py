@@ -35,6 +35,10 @@ _NORM = ("eps",)
 _GELU = ("approximate",)
 
 
+HOOKED = "a forward hook on an inner module, or a global one"
+TRAINING_INSIDE = "an inner normalisation or dropout is in train mode"
+
+
 class Watch:
     """Remembers modules: their tensors, their submodules, their settings and their hooks.
 
@@ -115,18 +119,15 @@ class Watch:
         # torch counts the hooks that were ever registered: while that count stands, none is new
         registered = RemovableHandle.next_id
         if self._hooked or registered != self._registered:
-            hooks = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
-            self._hooked = bool(hooks) or any(any(map(kind, self._states)) for kind in _forward_hooks)
+            self._hooked = _any_hooked(self._states)
             self._registered = registered
         return self._hooked
 
     def obstacle(self) -> str:
         """Why the modules must be called one by one now, as a sentence; empty: they need not."""
         if self._is_hooked():
-            return "a forward hook on an inner module, or a global one"
-        if any(map(_training, self._modes)):
-            return "an inner normalisation or dropout is in train mode"
-        return ""
+            return HOOKED
+        return TRAINING_INSIDE if any(map(_training, self._modes)) else ""
 
     def watched(self) -> tuple[list[torch.Tensor], list[object]]:
         """(the tensors, what holds them: modules and their dicts)."""
@@ -140,6 +141,18 @@ class Watch:
         """True if an inner module, or all modules, have a backward hook."""
         hooks = torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks
         return bool(hooks) or any(any(map(kind, self._states)) for kind in _backward_hooks)
+
+
+def obstacle_of(modules: Sequence[nn.Module]) -> str:
+    """`Watch.obstacle` without a watch: why `modules` must be called one by one now."""
+    if _any_hooked([vars(module) for module in modules]):
+        return HOOKED
+    return TRAINING_INSIDE if any(module.training for module in modules if _has_modes(module)) else ""
+
+
+def _any_hooked(states: Sequence[dict[str, Any]]) -> bool:
+    hooks = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+    return bool(hooks) or any(any(map(kind, states)) for kind in _forward_hooks)
 
 
 def _has_modes(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..backends import native
-from ..ops.engine import Engine, engine_run
+from ..ops.engine import Engine, encode, engine_run, program_pack, program_run
 from .program import RESULT, ProgramBuilder, UnsupportedError
 from .section import Section
 from .steps import Call, Convolution, Fused
@@ -64,11 +64,32 @@ class Whole:
         return self._program() or self._calls()
 
     def _program(self) -> Call | None:
+        builder = self._builder()
+        if builder is None:
+            return None
+        engine = Engine(*builder.finish(), builder.bfloat16)
+
+        def call(x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = engine_run(engine.handle, x, RESULT)[0]
+            return y.to(x.dtype)
+
+        return call
+
+    def traced(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The result on `x` by ops whose arguments are folded from the parameters at each call; None: no program."""
+        builder = self._builder()
+        if builder is None:
+            return None
+        text = encode(builder.rows)
+        packed = program_pack(text, builder.arrays, builder.bfloat16)
+        y: torch.Tensor = program_run(text, packed, x, builder.bfloat16, RESULT)[0]
+        return y.to(x.dtype)
+
+    def _builder(self) -> ProgramBuilder | None:
         stem = self.parts[0]
         if not native.available() or not isinstance(stem, Convolution):
             return None
-        dtype = stem.conv.weight.dtype
-        builder = ProgramBuilder(stem.conv.in_channels, dtype)
+        builder = ProgramBuilder(stem.conv.in_channels, stem.conv.weight.dtype)
         node = 0
         try:
             for part in self.parts:
@@ -79,13 +100,7 @@ class Whole:
         except UnsupportedError:
             return None
         builder.output(node, RESULT)
-        engine = Engine(*builder.finish(), dtype == torch.bfloat16)
-
-        def call(x: torch.Tensor) -> torch.Tensor:
-            y: torch.Tensor = engine_run(engine.handle, x, RESULT)[0]
-            return y.to(x.dtype)
-
-        return call
+        return builder
 
     def _calls(self) -> Call:
         calls = [part.prepare() for part in self.parts]

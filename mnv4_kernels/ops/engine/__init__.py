@@ -1,6 +1,7 @@
 """A whole network in one call: see `mnv4_kernels.engine`."""
 
-from .contract import engine_profile, engine_run
+from .contract import engine_profile, engine_run, program_pack, program_run
 from .handle import Engine
+from .programs import encode
 
-__all__ = ["Engine", "engine_profile", "engine_run"]
+__all__ = ["Engine", "encode", "engine_profile", "engine_run", "program_pack", "program_run"]

@@ -2,29 +2,64 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .._contract import LIBRARY, NAMESPACE
-from .programs import program_of
+from .programs import Program, decoded, program_of
 
 LIBRARY.define("engine_create(Tensor program, Tensor[] arrays, bool bfloat16) -> int")
 LIBRARY.define("engine_run(int handle, Tensor x, int tag) -> Tensor[]")
 LIBRARY.define("engine_profile(int handle, Tensor x, int tag, int repeats) -> (Tensor, Tensor, str)")
 LIBRARY.define("engine_free(int handle) -> ()")
 
+# the same without state, for exported programs: the weights are an argument, the program is text
+LIBRARY.define("program_bytes(str program, bool bfloat16) -> int")
+LIBRARY.define("program_pack(str program, Tensor[] arrays, bool bfloat16) -> Tensor")
+LIBRARY.define(
+    "program_run(str program, Tensor packed, Tensor x, bool bfloat16, int tag) -> Tensor[]",
+    tags=(torch.Tag.flexible_layout,),
+)
+
 _ops = getattr(torch.ops, NAMESPACE)
 engine_create = _ops.engine_create.default
 engine_run = _ops.engine_run.default
 engine_profile = _ops.engine_profile.default
 engine_free = _ops.engine_free.default
+program_bytes = _ops.program_bytes.default
+program_pack = _ops.program_pack.default
+program_run = _ops.program_run.default
 
 
 def _fake_run(handle: int, x: torch.Tensor, tag: int) -> list[torch.Tensor]:
+    return _outputs(program_of(handle), x, tag)
+
+
+def _fake_pack(program: str, arrays: list[torch.Tensor], bfloat16: bool) -> torch.Tensor:
+    return arrays[0].new_empty(program_bytes(program, bfloat16), dtype=torch.uint8)
+
+
+def _fake_program_run(
+    program: str, packed: torch.Tensor, x: torch.Tensor, bfloat16: bool, tag: int
+) -> list[torch.Tensor]:
+    return _outputs(decoded(program), x, tag)
+
+
+def _outputs(program: Program, x: torch.Tensor, tag: int) -> list[torch.Tensor]:
     """The outputs of `tag`, float32 and contiguous."""
     if x.dim() != 4:
         raise ValueError(f"`x` must have four dimensions [N, C, H, W], got {tuple(x.shape)}")
-    shapes = program_of(handle).output_shapes(tuple(x.shape), tag)
+    shapes = program.output_shapes(tuple(x.shape), tag)
     return [x.new_empty(shape, dtype=torch.float32) for shape in shapes]
 
 
+def _no_gradients(ctx: Any, *gradients: Any) -> None:
+    raise RuntimeError("a program of the engine has no gradients: export the model in train mode or unpatched for them")
+
+
 torch.library.register_fake(f"{NAMESPACE}::engine_run", _fake_run, lib=LIBRARY)
+torch.library.register_fake(f"{NAMESPACE}::program_pack", _fake_pack, lib=LIBRARY)
+torch.library.register_fake(f"{NAMESPACE}::program_run", _fake_program_run, lib=LIBRARY)
+torch.library.register_autograd(f"{NAMESPACE}::program_pack", _no_gradients, lib=LIBRARY)
+torch.library.register_autograd(f"{NAMESPACE}::program_run", _no_gradients, lib=LIBRARY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,17 @@ class Program:
             return (size + stride - 1) // stride
         padding = row[f"pad_{before}"] + row[f"pad_{after}"]
         return (size + padding - row[f"dilation_{axis}"] * (row[f"kernel_{axis}"] - 1) - 1) // stride + 1
+
+
+def encode(rows: Iterable[Iterable[int]]) -> str:
+    """The rows [nodes, fields] as text, one string being a constant of a graph where a tensor is not."""
+    return ";".join(" ".join(map(str, row)) for row in rows)
+
+
+@functools.lru_cache(maxsize=64)
+def decoded(text: str) -> Program:
+    """What `encode` was given."""
+    return Program.decode([[int(value) for value in row.split(" ")] for row in text.split(";")])
 
 
 _PROGRAMS: dict[int, Program] = {}
