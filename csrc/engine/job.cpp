@@ -430,11 +430,15 @@ void LinearJob::run(const Context& context, int64_t begin, int64_t end, Worker&)
 }
 
 std::vector<Stream::Range> LinearJob::weights(int64_t begin, int64_t end) const {
-  const int64_t panel = x_.image() * kPanel;
-  const int64_t first = begin * kernel_.wide_panels;
-  const int64_t last = std::min(y_.blocks(), end * kernel_.wide_panels);
-  if (first >= last) return {};
-  return {{advance(weight_, x_.type, first * panel), (last - first) * panel * storage_bytes(x_.type)}};
+  const int64_t unit = kernel_.wide_panels * x_.image() * kPanel;
+  const int64_t all = y_.blocks() * x_.image() * kPanel;
+  std::vector<Stream::Range> found;
+  // the first ones last, for they are to be found in L2, which does not hold all
+  for (int64_t u = end; u-- > begin;) {
+    const int64_t values = std::min(unit, all - u * unit);
+    found.push_back({advance(weight_, x_.type, u * unit), values * storage_bytes(x_.type)});
+  }
+  return found;
 }
 
 // Memory bounds it: nothing can be fetched meanwhile.

@@ -19,6 +19,8 @@ void fetch_ahead_of(std::vector<Step>& steps, size_t worker) {
   std::vector<Use> uses;
   std::vector<double> starts;
   double now = 0.0;
+  // what is used in no time, by products that memory bounds, is fetched from the last such product to the first
+  size_t timeless = 0;
   for (Step& step : steps) {
     starts.push_back(now);
     for (size_t j = 0; j < step.jobs.size(); ++j) {
@@ -27,8 +29,11 @@ void fetch_ahead_of(std::vector<Step>& steps, size_t worker) {
       const std::vector<Stream::Range> ranges = step.jobs[j]->weights(begin, end);
       const auto passes = static_cast<double>(step.jobs[j]->passes(begin, end));
       for (size_t r = 0; r < ranges.size(); ++r) {
-        uses.push_back({ranges[r], now + passes * static_cast<double>(r) / static_cast<double>(ranges.size())});
+        const double time = now + passes * static_cast<double>(r) / static_cast<double>(ranges.size());
+        const size_t place = passes > 0.0 ? uses.size() : timeless + r;
+        uses.insert(uses.begin() + static_cast<ptrdiff_t>(place), {ranges[r], time});
       }
+      if (passes > 0.0) timeless = uses.size();
       now += passes;
     }
   }
