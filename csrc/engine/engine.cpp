@@ -41,19 +41,19 @@ struct Packing {
     return 0;
   }
 
-  // `to` has room for floats() floats whatever the type.
-  void pack(const Array& from, float* to) const {
-    pack_float32(from, to);
-    if (type == Storage::kFloat32) return;
-    const int64_t panels = div_up(outputs, kPanel);
-    pack_pairs(to, panels, floats() / (panels * kPanel), reinterpret_cast<uint16_t*>(to));
+  void pack(const Array& from, void* to) const {
+    if (type == Storage::kFloat32) return pack_float32(from, static_cast<float*>(to));
+    std::vector<float> wide(static_cast<size_t>(floats()));
+    pack_float32(from, wide.data());
+    const int64_t panels = std::max<int64_t>(1, div_up(outputs, kPanel));
+    pack_pairs(wide.data(), panels, floats() / (panels * kPanel), static_cast<uint16_t*>(to));
   }
 
   void pack_float32(const Array& from, float* to) const {
     const int taps = kernel_h * kernel_w;
-    std::fill_n(to, floats(), 0.0f);
     switch (layout) {
       case Layout::kVector:
+        std::fill_n(to, floats(), 0.0f);
         std::copy_n(from.data, std::min(from.size, outputs), to);
         break;
       case Layout::kDepthwise:
@@ -65,6 +65,7 @@ struct Packing {
       case Layout::kProduct:
         for (int64_t first = 0; first < outputs; first += kPanel) {
           pack_panels(from.data + first * inputs, std::min<int64_t>(kPanel, outputs - first), inputs, inputs, 1, to);
+          std::fill(to + inputs * kPanel, to + round_up(inputs, kPanel) * kPanel, 0.0f);
           to += round_up(inputs, kPanel) * kPanel;
         }
         break;
@@ -141,9 +142,10 @@ std::vector<Place> places(const Program& program, Storage compute) {
 
 }  // namespace
 
-Engine::Engine(const Program& program, Storage compute) : program_{program.nodes, {}}, compute_(compute) {
+Engine::Engine(const Program& program, Storage compute, int64_t workers, const ParallelRegion& parallel)
+    : program_{program.nodes, {}}, compute_(compute) {
   weights_ = Memory(static_cast<size_t>(packed_bytes(program, compute)));
-  pack(program, compute, weights_.data());
+  pack(program, compute, weights_.data(), workers, parallel);
   find(weights_.data());
 }
 
@@ -154,20 +156,23 @@ Engine::Engine(std::vector<Node> nodes, Storage compute, char* packed)
 
 int64_t Engine::packed_bytes(const Program& program, Storage compute) {
   int64_t bytes = 0;
-  int64_t largest = 0;
-  for (const Place& place : places(program, compute)) {
-    bytes = place.offset + place.packing.bytes();
-    largest = std::max(largest, place.packing.floats());
-  }
-  // room to pack the last array in float32, and for a tile's prefetch past the end
-  return bytes + (largest + kPanel * kPanel) * static_cast<int64_t>(sizeof(float));
+  for (const Place& place : places(program, compute)) bytes = place.offset + place.packing.bytes();
+  // room for a tile's prefetch past the end
+  return bytes + kPanel * kPanel * static_cast<int64_t>(sizeof(float));
 }
 
-void Engine::pack(const Program& program, Storage compute, char* to) {
-  for (const Place& place : places(program, compute)) {
-    const size_t array = static_cast<size_t>(program.nodes[place.node].weight) + place.array;
-    place.packing.pack(program.arrays[array], reinterpret_cast<float*>(to + place.offset));
-  }
+void Engine::pack(const Program& program, Storage compute, char* to, int64_t workers, const ParallelRegion& parallel) {
+  const std::vector<Place> all = places(program, compute);
+  const int64_t bytes = packed_bytes(program, compute);
+  parallel(workers, [&](int64_t begin, int64_t end) {
+    for (const Place& place : all) {
+      // whoever's part of the bytes it begins in
+      const int64_t worker = place.offset * workers / bytes;
+      if (worker < begin || worker >= end) continue;
+      const size_t array = static_cast<size_t>(program.nodes[place.node].weight) + place.array;
+      place.packing.pack(program.arrays[array], to + place.offset);
+    }
+  });
 }
 
 void Engine::find(char* packed) {

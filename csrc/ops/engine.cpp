@@ -44,6 +44,11 @@ Registry& registry() {
   return *instance;
 }
 
+void parallel_region(int64_t workers, const std::function<void(int64_t, int64_t)>& body) {
+  if (workers == 1) return body(0, 1);
+  torch::stable::parallel_for(0, workers, 1, body);
+}
+
 // The caller's arrays as a program borrows them; `kept` holds the contiguous ones.
 void borrow_arrays(const std::vector<Tensor>& arrays, engine::Program* program, std::vector<Tensor>* kept) {
   for (const Tensor& array : arrays) {
@@ -67,7 +72,8 @@ int64_t engine_create(Tensor program, std::vector<Tensor> arrays, bool bfloat16)
   STD_TORCH_CHECK(error.empty() && !built.nodes.empty(), error.empty() ? "`program` must have nodes" : error);
   // without the instruction the caller's rounded weights are multiplied in float32
   const Storage compute = bfloat16 && gemm_has_bfloat16() ? Storage::kBfloat16 : Storage::kFloat32;
-  return registry().add(std::make_shared<engine::Engine>(built, compute));
+  return registry().add(
+      std::make_shared<engine::Engine>(built, compute, torch::stable::get_num_threads(), parallel_region));
 }
 
 // The caller's tensor as the engine reads it; a view, but for low precision and many interleaved channels.
@@ -90,11 +96,6 @@ struct Source {
     }
   }
 };
-
-void parallel_region(int64_t workers, const std::function<void(int64_t, int64_t)>& body) {
-  if (workers == 1) return body(0, 1);
-  torch::stable::parallel_for(0, workers, 1, body);
-}
 
 std::vector<Tensor> run(engine::Engine& engine, const Tensor& x, int64_t tag) {
   const Source source(x, engine);
@@ -150,7 +151,7 @@ Tensor program_pack(std::string program, std::vector<Tensor> arrays, bool bfloat
   Tensor packed = torch::stable::empty(IntList{bytes}, torch::headeronly::ScalarType::Byte);
   auto* to = static_cast<char*>(packed.mutable_data_ptr());
   std::fill_n(to, bytes, char{0});
-  engine::Engine::pack(built, compute, to);
+  engine::Engine::pack(built, compute, to, torch::stable::get_num_threads(), parallel_region);
   return packed;
 }
 

@@ -46,7 +46,9 @@ def optimize(model: nn.Module, dtype: torch.dtype = torch.float32, *, strict: bo
         raise OptimizeError("the engine needs the C++ library: " + "; ".join(native.reasons()))
     from ..patching import patch
 
-    work = copy.deepcopy(model).float()
+    # the copy is only read: tensors that need no conversion are not copied with it
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers()) if t.dtype == torch.float32}
+    work = copy.deepcopy(model, shared).float()
     patch(work)
     name = type(model).__name__
     if not isinstance(work, DropIn) or not hasattr(work, "blocks"):

@@ -210,12 +210,15 @@ GemmGrid gemm_grid(const GemmKernel& kernel, int64_t rows, int64_t panels, int64
 
 void pack_panels(const float* weight, int64_t n, int64_t k, ptrdiff_t weight_row, ptrdiff_t weight_column,
                  float* packed) {
-  for (int64_t first = 0; first < n; first += kPanel) {
+  for (int64_t first = 0; first < n; first += kPanel, packed += k * kPanel) {
     const int64_t columns = std::min<int64_t>(kPanel, n - first);
-    for (int64_t i = 0; i < k; ++i) {
-      for (int64_t j = 0; j < columns; ++j) packed[j] = weight[(first + j) * weight_row + i * weight_column];
-      for (int64_t j = columns; j < kPanel; ++j) packed[j] = 0.0f;
-      packed += kPanel;
+    // squares: sixteen rows of a long matrix are a power of two apart and would evict each other's lines
+    for (int64_t start = 0; start < k; start += kPanel) {
+      const int64_t end = std::min(start + kPanel, k);
+      for (int64_t j = 0; j < kPanel; ++j) {
+        const float* row = weight + (first + j) * weight_row;
+        for (int64_t i = start; i < end; ++i) packed[i * kPanel + j] = j < columns ? row[i * weight_column] : 0.0f;
+      }
     }
   }
 }
