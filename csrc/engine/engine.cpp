@@ -49,6 +49,39 @@ struct Packing {
     pack_pairs(wide.data(), panels, floats() / (panels * kPanel), static_cast<uint16_t*>(to));
   }
 
+  // The array that pack() was given, rounded as it is stored.
+  std::vector<float> unpack(const void* from) const {
+    std::vector<float> wide;
+    const auto* packed = static_cast<const float*>(from);
+    if (type != Storage::kFloat32) {
+      wide.resize(static_cast<size_t>(floats()));
+      const int64_t panels = std::max<int64_t>(1, div_up(outputs, kPanel));
+      unpack_pairs(static_cast<const uint16_t*>(from), panels, floats() / (panels * kPanel), wide.data());
+      packed = wide.data();
+    }
+    const int64_t taps = static_cast<int64_t>(kernel_h) * kernel_w;
+    const int64_t depth = layout == Layout::kProduct ? inputs : taps;
+    const int64_t stored = layout == Layout::kProduct ? round_up(inputs, kPanel) : taps;
+    switch (layout) {
+      case Layout::kVector:
+        return {packed, packed + outputs};
+      case Layout::kConv: {
+        std::vector<float> to(static_cast<size_t>(outputs * inputs * taps));
+        unpack_conv(packed, outputs, conv(), to.data());
+        return to;
+      }
+      case Layout::kDepthwise:
+      case Layout::kProduct:
+        break;
+    }
+    std::vector<float> to(static_cast<size_t>(outputs * depth));
+    for (int64_t o = 0; o < outputs; ++o) {
+      const float* panel = packed + o / kPanel * stored * kPanel + o % kPanel;
+      for (int64_t i = 0; i < depth; ++i) to[static_cast<size_t>(o * depth + i)] = panel[i * kPanel];
+    }
+    return to;
+  }
+
   void pack_float32(const Array& from, float* to) const {
     const int taps = kernel_h * kernel_w;
     switch (layout) {
@@ -173,6 +206,16 @@ void Engine::pack(const Program& program, Storage compute, char* to, int64_t wor
       place.packing.pack(program.arrays[array], to + place.offset);
     }
   });
+}
+
+std::vector<std::vector<float>> Engine::arrays() const {
+  std::vector<std::vector<float>> found;
+  for (const Place& place : places(program_, compute_)) {
+    const size_t array = static_cast<size_t>(program_.nodes[place.node].weight) + place.array;
+    found.resize(std::max(found.size(), array + 1));
+    found[array] = place.packing.unpack(packed_[place.node].arrays[place.array]);
+  }
+  return found;
 }
 
 void Engine::find(char* packed) {

@@ -34,6 +34,9 @@ class Engine {
   // Shapes of the outputs for an input of `shape`.
   std::vector<Shape> output_shapes(const Shape& shape, int64_t workers, int64_t tag);
 
+  // The program's arrays, flat, as they are stored: nobody else needs to keep them.
+  std::vector<std::vector<float>> arrays() const;
+
   int64_t channels() const { return program_.nodes.front().channels; }
 
   // Thread-safe; `shape` has channels() channels. Input strides in floats; outputs dense NCHW.

@@ -217,6 +217,16 @@ std::tuple<Tensor, Tensor, std::string> engine_profile(int64_t handle, Tensor x,
   return {seconds, nodes, parts};
 }
 
+std::vector<Tensor> engine_arrays(int64_t handle) {
+  std::vector<Tensor> results;
+  for (const std::vector<float>& array : registry().find(handle)->arrays()) {
+    results.push_back(
+        torch::stable::empty(IntList{static_cast<int64_t>(array.size())}, torch::headeronly::ScalarType::Float));
+    std::copy(array.begin(), array.end(), floats(results.back()));
+  }
+  return results;
+}
+
 void engine_free(int64_t handle) { registry().remove(handle); }
 
 }  // namespace
@@ -230,6 +240,7 @@ STABLE_TORCH_LIBRARY_IMPL(mnv4_kernels, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mnv4_kernels, CompositeExplicitAutograd, m) {
+  m.impl("engine_arrays", TORCH_BOX(&engine_arrays));
   m.impl("engine_free", TORCH_BOX(&engine_free));
   m.impl("program_bytes", TORCH_BOX(&program_bytes));
 }

@@ -22,6 +22,8 @@ class OptimizeError(RuntimeError):
 class ProgramPart(nn.Module):
     """One program of the engine. Its folded arrays are what is copied and pickled; a copy packs them anew.
 
+    They are held packed only, and unpacked when asked for.
+
     Args:
         program: [nodes, fields] int64.
         arrays: folded weights and biases, float32.
@@ -36,13 +38,17 @@ class ProgramPart(nn.Module):
         self.names = names or [""] * len(program)
         self.in_bfloat16 = bfloat16
         self.program = program
-        self.arrays = arrays
-        self._start()
+        self._start(arrays)
 
-    def _start(self) -> None:
+    @property
+    def arrays(self) -> list[torch.Tensor]:
+        """Folded weights and biases, float32, as they are stored."""
+        return self._engine.arrays()
+
+    def _start(self, arrays: list[torch.Tensor]) -> None:
         if not native.available():
             raise OptimizeError("the engine needs the C++ library: " + "; ".join(native.reasons()))
-        self._engine = Engine(self.program, self.arrays, self.in_bfloat16)
+        self._engine = Engine(self.program, arrays, self.in_bfloat16)
         # torch.compile guards on a module's plain integer, so that compiled code meets no other engine
         self._handle = self._engine.handle
 
@@ -52,11 +58,13 @@ class ProgramPart(nn.Module):
         return results
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_engine", "_handle")}
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("_engine", "_handle")}
+        return {**kept, "arrays": self.arrays}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        arrays = state.pop("arrays")
         super().__setstate__(state)
-        self._start()
+        self._start(arrays)
 
 
 class OptimizedNetwork(nn.Module):

@@ -193,13 +193,17 @@ void conv(const GemmKernel& kernel, const ConvArgs& args, int64_t row_begin, int
   for (int64_t oy = row_begin; oy < row_end; ++oy) rows.row(oy, advance(args.y, kernel.output, oy * args.y_row));
 }
 
-void pack_conv(const float* weight, int64_t out_channels, const ConvShape& shape, float* packed) {
+namespace {
+
+// Calls visit(offset in OIHW, offset in the packed weights, output channels, input channels) for each tap of each run
+// and panel: there `output` and `input` weights lie k and taps apart, packed ones 1 and kPanel.
+template <class Visit>
+void for_each_tap(int64_t out_channels, const ConvShape& shape, const Visit& visit) {
   const Runs runs(shape);
   const int64_t taps = static_cast<int64_t>(shape.kernel_h) * shape.kernel_w;
   const int64_t k = shape.channels * taps;
-  const int64_t panels = div_up(out_channels, kPanel);
-  std::fill_n(packed, panels * runs.segments * runs.length * kPanel, 0.0f);
-  for (int64_t panel = 0; panel < panels; ++panel) {
+  int64_t packed = 0;
+  for (int64_t panel = 0; panel < div_up(out_channels, kPanel); ++panel) {
     const int64_t columns = std::min<int64_t>(kPanel, out_channels - panel * kPanel);
     for (int64_t s = 0; s < runs.segments; ++s, packed += runs.length * kPanel) {
       // which tap row, plane and first tap the run is of
@@ -209,11 +213,32 @@ void pack_conv(const float* weight, int64_t out_channels, const ConvShape& shape
       const int64_t real = std::min(runs.plane_channels, shape.channels - plane * runs.plane_channels);
       for (int64_t t = 0; t < runs.taps; ++t) {
         const int64_t tap = ky * shape.kernel_w + s % runs.taps_apart + t;
-        const float* from = weight + panel * kPanel * k + plane * runs.plane_channels * taps + tap;
-        pack_panels(from, columns, real, k, taps, packed + t * runs.plane_channels * kPanel);
+        visit(panel * kPanel * k + plane * runs.plane_channels * taps + tap, packed + t * runs.plane_channels * kPanel,
+              columns, real);
       }
     }
   }
+}
+
+}  // namespace
+
+void pack_conv(const float* weight, int64_t out_channels, const ConvShape& shape, float* packed) {
+  const int64_t taps = static_cast<int64_t>(shape.kernel_h) * shape.kernel_w;
+  std::fill_n(packed, round_up(out_channels, kPanel) * conv_depth(shape), 0.0f);
+  for_each_tap(out_channels, shape, [&](int64_t from, int64_t to, int64_t outputs, int64_t inputs) {
+    pack_panels(weight + from, outputs, inputs, shape.channels * taps, taps, packed + to);
+  });
+}
+
+void unpack_conv(const float* packed, int64_t out_channels, const ConvShape& shape, float* weight) {
+  const int64_t taps = static_cast<int64_t>(shape.kernel_h) * shape.kernel_w;
+  for_each_tap(out_channels, shape, [&](int64_t to, int64_t from, int64_t outputs, int64_t inputs) {
+    for (int64_t o = 0; o < outputs; ++o) {
+      for (int64_t i = 0; i < inputs; ++i) {
+        weight[to + o * shape.channels * taps + i * taps] = packed[from + i * kPanel + o];
+      }
+    }
+  });
 }
 
 }  // namespace mnv4

@@ -68,6 +68,9 @@ int64_t conv_depth(const ConvShape& shape);
 // OIHW weights to [ceil(K / 16)][conv_depth][16].
 void pack_conv(const float* weight, int64_t out_channels, const ConvShape& shape, float* packed);
 
+// The inverse.
+void unpack_conv(const float* packed, int64_t out_channels, const ConvShape& shape, float* weight);
+
 // Floats of scratch that one worker needs, whatever the kernel's input type.
 int64_t conv_scratch(const ConvArgs& args);
 
