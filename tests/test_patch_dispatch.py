@@ -42,38 +42,6 @@ def grads_of(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return [x.grad, *(parameter.grad for parameter in model.parameters())]  # type: ignore[list-item]
 
 
-class TestTraining:
-    def test_train_mode_is_timms_own_to_the_bit(self) -> None:
-        model = create(HYBRID, drop_path_rate=0.2).train()
-        twin = copy.deepcopy(model)
-        mk.patch(twin)
-        for _ in range(2):
-            torch.manual_seed(3)
-            expected = grads_of(model, images())
-            torch.manual_seed(3)
-            actual = grads_of(twin, images())
-            assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-        assert all(torch.equal(a, b) for a, b in zip(twin.buffers(), model.buffers(), strict=True))
-
-    def test_the_report_and_explain_say_so(self) -> None:
-        model = create(SMALL).train()
-        assert "train mode" in str(mk.patch(model))
-        assert all("train mode" in reason for reason in reasons(model).values())
-        assert not any(reasons(model.eval()).values())
-
-    def test_a_few_steps_lead_to_the_same_weights(self) -> None:
-        model = create(SMALL).train()
-        twin = copy.deepcopy(model)
-        mk.patch(twin)
-        for net in (model, twin):
-            optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
-            for step in range(3):
-                optimizer.zero_grad()
-                net(images(seed=step)).square().mean().backward()
-                optimizer.step()
-        assert all(torch.equal(a, b) for a, b in zip(twin.parameters(), model.parameters(), strict=True))
-
-
 class TestGradients:
     @pytest.mark.parametrize("name", [SMALL, HYBRID, "mobilenetv4_conv_aa_medium"])
     def test_eval_mode_with_gradients_is_as_exact_as_timms(self, name: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mnv4_kernels.ops._contract import REFERENCES
+from mnv4_kernels.ops._contract import FORMULAS, REFERENCES, differentiable_by
 from mnv4_kernels.testing import lay_out
 
 
@@ -105,6 +105,11 @@ def results_and_gradients(
     given = [weight.to(result.dtype) for weight, result in zip(weights, results, strict=True)]
     grads = torch.autograd.grad(results, [arguments[index] for index in leaves], given)
     return [result.detach() for result in results], list(grads)
+
+
+def by_references(call: Training) -> Any:
+    """The op's two references, one the other's backward, under the op's own autograd formula: runs in float64."""
+    return differentiable_by(REFERENCES[call.op], REFERENCES[f"{call.op}_backward"], FORMULAS[call.op])
 
 
 def plain(call: Training) -> Any:

@@ -1,5 +1,9 @@
 #include "ops/common.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstring>
 #include <sstream>
@@ -59,10 +63,24 @@ void widen_all(const Tensor& x, Storage type, float* y, int64_t n) {
   });
 }
 
+// A large block is given back to the system when it is freed, and comes anew in pages of 4 KiB that fault one by one: a
+// third of the time of what only reads and writes it. Advice, which a kernel without huge pages ignores.
+void advise_huge_pages(const Tensor& t) {
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (begin + static_cast<uintptr_t>(t.numel()) * t.element_size()) / kHugePage * kHugePage;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 Tensor empty(std::vector<int64_t> size, ScalarType type, bool channels_last) {
   const auto format = channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-  return torch::stable::empty(size, type, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                              std::nullopt, format);
+  Tensor t = torch::stable::empty(size, type, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                  std::nullopt, format);
+  advise_huge_pages(t);
+  return t;
 }
 
 // Strides of a tensor whose channels are adjacent, sizes of one taken as dense.

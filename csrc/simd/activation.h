@@ -73,5 +73,42 @@ MNV4_INLINE Vec activate(Activation act, Vec x) {
   return x;
 }
 
+// grad times the activation's derivative at x, with eager's choice where there are two.
+MNV4_INLINE Vec derivative(Activation act, Vec grad, Vec x) {
+  const Vec zero = Vec::zero();
+  const Vec one = Vec::broadcast(1.0f);
+  const Vec half = Vec::broadcast(0.5f);
+  switch (act) {
+    case Activation::kNone:
+      return grad;
+    case Activation::kRelu:
+      return select_less(zero, x, grad, zero);
+    case Activation::kRelu6:
+      return select_less(zero, x, select_less(x, Vec::broadcast(6.0f), grad, zero), zero);
+    case Activation::kHardSwish: {
+      const Vec three = Vec::broadcast(3.0f);
+      const Vec inside = grad * (x / three + half);
+      return select_less(x, zero - three, zero, select_less(three, x, grad, inside));
+    }
+    case Activation::kSilu: {
+      const Vec s = one / (one + exp(zero - x));
+      return grad * s * fma(x, one - s, one);
+    }
+    case Activation::kGelu: {
+      const Vec cdf = half * (one + erf(x * Vec::broadcast(0.70710678f)));
+      const Vec pdf = exp(x * x * Vec::broadcast(-0.5f)) * Vec::broadcast(0.39894228f);
+      return grad * fma(x, pdf, cdf);
+    }
+    case Activation::kGeluTanh: {
+      const Vec square = x * x;
+      const Vec cubic = fma(square * x, Vec::broadcast(0.044715f), x);
+      const Vec s = one / (one + exp(cubic * Vec::broadcast(-1.5957691216f)));
+      const Vec slope = fma(square, Vec::broadcast(3.0f * 0.044715f), one) * Vec::broadcast(1.5957691216f);
+      return grad * s * fma(x * slope, one - s, one);
+    }
+  }
+  return grad;
+}
+
 }  // namespace
 }  // namespace mnv4::simd

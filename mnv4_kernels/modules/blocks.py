@@ -71,7 +71,7 @@ class ConvBnActForward(BlockForward):
             *optional("aa", modules.get("aa"), ANTI_ALIASING),
             *skip_drop_steps(self),
         ]
-        return Body(self, steps, residual=has_skip(self), settings=[(self, ["has_skip"])])
+        return Body(self, steps, residual=has_skip(self), drop_path=drop_path_of(self), settings=[(self, ["has_skip"])])
 
 
 class EdgeResidualForward(BlockForward):
@@ -86,7 +86,7 @@ class EdgeResidualForward(BlockForward):
             *convolution("conv_pwl", modules["conv_pwl"], modules["bn2"]),
             *skip_drop_steps(self),
         ]
-        return Body(self, steps, residual=has_skip(self), settings=[(self, ["has_skip"])])
+        return Body(self, steps, residual=has_skip(self), drop_path=drop_path_of(self), settings=[(self, ["has_skip"])])
 
 
 class UniversalInvertedResidualForward(BlockForward):
@@ -105,12 +105,18 @@ class UniversalInvertedResidualForward(BlockForward):
         for name in ("pw_proj", "dw_end"):
             steps += _child_steps(name, modules[name])
         steps = [*with_layer_scale(steps, modules.get("layer_scale")), *skip_drop_steps(self)]
-        return Body(self, steps, residual=has_skip(self), settings=[(self, ["has_skip"])])
+        return Body(self, steps, residual=has_skip(self), drop_path=drop_path_of(self), settings=[(self, ["has_skip"])])
 
 
 def skip_drop_steps(block: nn.Module) -> list[Step]:
     """Steps of the stochastic depth before a block's skip: in eval mode normally none."""
     return drop_steps("drop_path", block._modules.get("drop_path")) if has_skip(block) else []
+
+
+def drop_path_of(block: nn.Module) -> nn.Module | None:
+    """The stochastic depth before a block's skip, None where there is none."""
+    drop = block._modules.get("drop_path") if has_skip(block) else None
+    return None if drop is None or type(drop) is nn.Identity else drop
 
 
 def has_skip(block: Any) -> bool:

@@ -8,7 +8,7 @@ running as a whole still leaves its pieces their kernels.
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -20,14 +20,19 @@ from ..ops.piece import piece, remember
 from . import leaves
 from .exported import export_piece
 from .plan import Body, Plan, fake_of
+from .training import TrainingPlan
 
 #: The plans' place in a drop-in's `__dict__`; not a buffer, so that no state_dict shows it.
 PLANS = "_mnv4_plans"
 
+#: marks the keys of train mode's plans
+TRAINING = "training"
+
 #: Its number in compiled graphs, which torch.compile guards on: no other module meets its code.
 NUMBER = "_mnv4_number"
 
-TRAINING = "train mode: timm's own path, training kernels don't exist yet"
+HEADS = "train mode: timm's modules, a head is a few products of single pixels"
+COMPILING_TRAINING = "torch.compile and torch.export in train mode trace timm's own path"
 COMPILING_GRADIENTS = "torch.compile with gradients enabled: the ops' graphs are made under torch.no_grad()"
 TRACING = "torch.jit traces timm's own path"
 TRANSFORMED = "inside a torch.func transform or forward-mode AD"
@@ -62,10 +67,8 @@ class DropIn(nn.Module):
 
     def _mnv4_obstacle(self, x: Any) -> str:
         """Why the module takes timm's own path for the input `x` whatever its parameters are; empty: it need not."""
-        if self.training:
-            return TRAINING
         if torch.compiler.is_compiling():
-            return _traced_obstacle(x)
+            return COMPILING_TRAINING if self.training else _traced_obstacle(x)
         if type(x) is not torch.Tensor or x.dim() != 4 or not x.is_cpu or x.dtype not in leaves.DTYPES:
             obstacle = _input_obstacle(x)
             if obstacle:
@@ -74,15 +77,31 @@ class DropIn(nn.Module):
             return TRACING
         if _transformed():
             return TRANSFORMED
-        if torch.is_autocast_enabled("cpu"):
+        if not self.training and torch.is_autocast_enabled("cpu"):
             return AUTOCAST
         return _SWITCH.obstacle()
 
-    def _mnv4_decide(self, x: Any, key: str = "") -> tuple[Plan | None, str]:
+    #: pieces that timm's modules compute in train mode
+    _mnv4_eval_only: frozenset[str] = frozenset()
+
+    def _mnv4_training_plan(self, key: str = "") -> TrainingPlan:
+        """The current plan of a piece in train mode, made anew if a module behind it changed."""
+        plans: dict[Any, Any] = self.__dict__.get(PLANS) or make_room(self)
+        plan = plans.get((TRAINING, key))
+        if plan is None or not plan.watch.same_modules():
+            plan = plans[TRAINING, key] = TrainingPlan(self._mnv4_body(key))
+        return cast(TrainingPlan, plan)
+
+    def _mnv4_decide(self, x: Any, key: str = "") -> tuple[Plan | TrainingPlan | None, str]:
         """(the plan that runs the piece `key` on `x`, "") or (the plan or None, why timm's own path runs)."""
         obstacle = self._mnv4_obstacle(x)
         if obstacle:
             return None, obstacle
+        if self.training:
+            if key in self._mnv4_eval_only:
+                return None, HEADS
+            training_plan = self._mnv4_training_plan(key)
+            return training_plan, training_plan.obstacle_of(x)
         plan = self._mnv4_plan(key)
         obstacle = plan.obstacle or plan.switches.obstacle() or plan.watch.obstacle()
         if not obstacle and plan.dtype is not x.dtype:
@@ -98,6 +117,8 @@ class DropIn(nn.Module):
         plan, obstacle = self._mnv4_decide(x, key)
         if plan is None or obstacle:
             return None
+        if isinstance(plan, TrainingPlan):
+            return plan.run(x)
         if torch.is_grad_enabled() and (x.requires_grad or plan.watch.wants_grad()):
             return plan.run_differentiably(x)
         return plan.run(x)

@@ -19,6 +19,7 @@ from .head import head_steps
 from .plan import Body
 from .section import Section, sections
 from .steps import Own, Step, convolution
+from .training import Pending, TrainingPlan, written
 from .whole import Whole
 
 STEM = "stem"
@@ -69,6 +70,8 @@ def whole_body(network: nn.Module) -> Body:
 class _Network(DropIn):
     """What the network classes share: the stem."""
 
+    _mnv4_eval_only = frozenset((HEAD, PRE_LOGITS, WHOLE))
+
     def _mnv4_by_pieces(self, x: torch.Tensor) -> torch.Tensor:
         """The forward as stem, blocks and head, each on its own."""
         raise NotImplementedError
@@ -93,7 +96,7 @@ class _Network(DropIn):
         return y
 
     def _mnv4_whole(self, x: Any) -> bool:
-        """True where the forwards here may run: eval mode, a plain CPU tensor, and timm's methods where they were."""
+        """True where the forwards here may run: a plain CPU tensor, and timm's methods where they were."""
         own = self.__dict__
         replaced = "forward_features" in own or "forward_head" in own
         return not replaced and not self._mnv4_obstacle(x) and not self.grad_checkpointing
@@ -127,14 +130,19 @@ class MobileNetV3Forward(_Network):
 
     def _mnv4_features(self, x: torch.Tensor) -> torch.Tensor:
         blocks: Any = self._modules["blocks"]
-        return blocks(self._mnv4_stem(x))
+        if not self.training:
+            return blocks(self._mnv4_stem(x))
+        plan, obstacle = self._mnv4_decide(x, STEM)
+        if isinstance(plan, TrainingPlan) and not obstacle:
+            return written(train_through(blocks, plan.advance(Pending(x))))
+        return written(train_through(blocks, Pending(self._mnv4_stem(x))))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images [N, C, H, W] -> logits [N, K]."""
         if not self._mnv4_whole(x):
             return super().forward(x)
         # with gradients, recomputing block by block needs less memory than the network at once
-        y = None if torch.is_grad_enabled() else self._mnv4_run(x, WHOLE)
+        y = None if self.training or torch.is_grad_enabled() else self._mnv4_run(x, WHOLE)
         if y is not None:
             return y
         return self._mnv4_by_pieces(x)
@@ -209,6 +217,25 @@ class MobileNetV3FeaturesForward(_Network):
             if stage in taps:
                 found.append(self._mnv4_like_timm(y, x, stage))
         return found
+
+
+def train_through(module: nn.Module, state: Pending) -> Pending:
+    """`module` applied to what may be pending: drop-ins in Sequentials pass it on, anything else gets the map."""
+    hooked = any(map(bool, _hooks_of(module)))
+    if not hooked and type(module) is nn.Sequential and not leaves.tampered(module):
+        for child in module.children():
+            state = train_through(child, state)
+        return state
+    if not hooked and isinstance(module, DropIn) and module.training and not leaves.tampered(module):
+        plan, obstacle = module._mnv4_decide(state.x)
+        if isinstance(plan, TrainingPlan) and not obstacle:
+            return plan.advance(state)
+    return Pending(module(written(state)))
+
+
+def _hooks_of(module: nn.Module) -> list[Any]:
+    state = vars(module)
+    return [state[f"_{kind}_hooks"] for kind in ("forward", "forward_pre", "backward", "backward_pre")]
 
 
 def _with_children(*modules: nn.Module | None) -> list[nn.Module]:

@@ -24,6 +24,7 @@ class Body:
         owner: the drop-in.
         steps: in the order in which they run.
         residual: y = steps(x) + x.
+        drop_path: stochastic depth of the steps before the input is added; eval mode has none.
         bypassed: the modules that don't run under a plan; by default all submodules of
             `owner` but those of `Own` steps.
         settings: (module, attribute names) that decided on the steps.
@@ -35,12 +36,14 @@ class Body:
         steps: Sequence[Step],
         *,
         residual: bool = False,
+        drop_path: nn.Module | None = None,
         bypassed: Sequence[nn.Module] | None = None,
         settings: Sequence[tuple[nn.Module, Sequence[str]]] = (),
     ) -> None:
         self.owner = owner
         self.steps = list(steps)
         self.residual = residual
+        self.drop_path = drop_path
         self.settings = settings
         if bypassed is None:
             called = {module for step in steps if isinstance(step, Own) for module in step.module.modules()}

@@ -13,8 +13,8 @@ from ..backends import native
 from ..backends.tracing import constant_in_graphs
 from ..ops.activation import ACTIVATIONS
 from . import folding, leaves
-from .attention import MultiQuery
 from .head import Head
+from .multi_query import MultiQuery
 from .steps import Convolution, Own, Step
 
 #: Tags of a program's outputs: a run asks for those of one tag.
@@ -245,7 +245,7 @@ def _obstacle(step: Any) -> str:
     if isinstance(step, MultiQuery):
         attention: Any = step.attention
         root = float(attention.key_dim) ** -0.5
-        return "" if abs(step._scale - root) <= 1e-12 else f"attention scale {step._scale}"
+        return "" if abs(step.scale - root) <= 1e-12 else f"attention scale {step.scale}"
     assert isinstance(step, Own)
     pool: Any = step.module
     if type(pool) is nn.AvgPool2d:

@@ -98,7 +98,7 @@ class Watch:
         self._values = [list(map(getter, states)) for getter, states in self._settings]
         # only these compute something else in train mode
         self._modes = [vars(module) for module in bypassed if _has_modes(module)]
-        # not known until `_is_hooked` looks
+        # not known until `hooked` looks
         self._hooked, self._registered = True, -1
 
     def unchanged(self) -> bool:
@@ -115,7 +115,19 @@ class Watch:
             # an exchanged tensor is compared by value with the one that was there, which may not be possible
             return False
 
-    def _is_hooked(self) -> bool:
+    def same_modules(self) -> bool:
+        """The same but for the values of tensors: enough for a plan that reads them at each call."""
+        try:
+            return (
+                self._live == self._snapshot
+                and sum(map(len, self._states)) == self._sizes
+                and [list(map(getter, states)) for getter, states in self._settings] == self._values
+            )
+        except (RuntimeError, TypeError, ValueError, KeyError):
+            return False
+
+    def hooked(self) -> bool:
+        """True if an inner module, or all modules, have a forward hook."""
         # torch counts the hooks that were ever registered: while that count stands, none is new
         registered = RemovableHandle.next_id
         if self._hooked or registered != self._registered:
@@ -125,7 +137,7 @@ class Watch:
 
     def obstacle(self) -> str:
         """Why the modules must be called one by one now, as a sentence; empty: they need not."""
-        if self._is_hooked():
+        if self.hooked():
             return HOOKED
         return TRAINING_INSIDE if any(map(_training, self._modes)) else ""
 

@@ -1,7 +1,7 @@
 """The ops of `torch.ops.mnv4_kernels`: contracts, references, and what can run where."""
 
 from ..backends import cuda, native
-from ._contract import LIBRARY, REFERENCES
+from ._contract import DIRECT, LIBRARY, REFERENCES
 from .bn_act import bn_act
 from .bn_act_conv import bn_act_conv
 from .bn_act_dwconv import bn_act_dwconv
@@ -19,6 +19,7 @@ from .pwconv_bn_act import pwconv_bn_act
 from .uib import uib
 
 __all__ = [
+    "DIRECT",
     "bn_act",
     "bn_act_conv",
     "bn_act_dwconv",

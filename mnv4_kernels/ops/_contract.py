@@ -8,13 +8,23 @@ is there, implements the same schemas for the CPU key and takes precedence.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 NAMESPACE = "mnv4_kernels"
 
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+#: op name -> the op as an autograd function called from Python, without the dispatcher's stops on its way: 40 us less
+#: a call. Not under autocast.
+DIRECT: dict[str, Callable[..., Any]] = {}
+
+#: backward op -> (setup_context, backward) of `torch.library.register_autograd`
+Formula = Callable[[Callable[..., Any]], tuple[Callable[..., Any], Callable[..., Any]]]
+
+#: op name -> how its backward op is called
+FORMULAS: dict[str, Formula] = {}
 
 #: op name -> the torch-only function that defines its result
 REFERENCES: dict[str, Callable[..., Any]] = {}
@@ -27,7 +37,8 @@ def define(
     reference: Callable[..., Any],
     autocast: Iterable[str] = (),
     differentiable: bool = True,
-    autograd: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
+    backward: Any = None,
+    formula: Formula | None = None,
 ) -> Any:
     """Registers one op and returns its `OpOverload`.
 
@@ -38,7 +49,8 @@ def define(
         autocast: names of the tensor arguments that autocast casts to its dtype; the
             others (per-channel scales and shifts, packed weights) stay float32.
         differentiable: derive a backward from the reference by recomputing it.
-        autograd: (setup_context, backward) of an op that has a backward op of its own.
+        backward: the op's own backward op, and
+        formula: how it is called.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema)
@@ -50,12 +62,29 @@ def define(
     cast = [arguments.index(argument) for argument in autocast]
     for device in ("CPU", "CUDA"):
         _register_autocast(name, op, cast, device)
-    if autograd is not None:
-        setup_context, backward = autograd
-        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    if formula is not None:
+        FORMULAS[name] = formula
+        DIRECT[name] = differentiable_by(op, backward, formula)
+        setup_context, vjp = formula(backward)
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", vjp, setup_context=setup_context, lib=LIBRARY)
     elif differentiable:
         _register_recomputing_autograd(name, op, reference)
     return op
+
+
+def differentiable_by(op: Callable[..., Any], backward: Callable[..., Any], formula: Formula) -> Callable[..., Any]:
+    """`op` as a function with gradients, computed by `backward`: two ops, or the two references of one."""
+    setup_context, vjp = formula(backward)
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = op(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(vjp)}
+    function: Any = type(op.__name__, (torch.autograd.Function,), members)
+    return cast(Callable[..., Any], function.apply)
 
 
 def _register_autocast(name: str, op: Any, cast: list[int], device: str) -> None:

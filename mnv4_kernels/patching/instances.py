@@ -17,8 +17,8 @@ from .rules import Rule, rule_of
 Model = TypeVar("Model", bound=nn.Module)
 
 TRAIN_NOTE = (
-    "The model is in train mode, where everything runs timm's own path: kernels for training don't exist yet. "
-    "After `model.eval()` the table holds."
+    "The model is in train mode, where the head (pool, 1x1 convolution, classifier) runs timm's modules, and what the "
+    "table lists runs its training op. After `model.eval()` the table holds as it is."
 )
 
 
@@ -32,8 +32,8 @@ def patch(model: nn.Module, strict: bool = False) -> PatchReport:
     In place and of this instance only: each block's class becomes a subclass of timm's
     with the same parameters, submodules, hooks and names. In eval mode the ops run with
     BatchNorm and layer scale folded in; a change of the parameters is seen at the next
-    call, but for edits through `.data` or numpy (`refresh`). In train mode timm's own path
-    runs. Patching a patched model changes nothing and reports again.
+    call, but for edits through `.data` or numpy (`refresh`). In train mode the training ops run
+    on the live parameters, and the head is timm's. Patching a patched model changes nothing and reports again.
 
     Args:
         model: any module; blocks are found wherever they are in it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,27 +52,31 @@ def backward_fake(
     return (dx, *(x.new_empty(0) if value is None else torch.empty_like(value) for value in vectors))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    ctx.eps, ctx.act = inputs[5], inputs[6]
-    residual = inputs[_RESIDUAL]
-    ctx.residual_dtype = None if residual is None else residual.dtype
-    ctx.save_for_backward(*(inputs[index] for index in _TENSORS), inputs[_KEEP])
+def _formula(backward_op: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """(setup_context, backward). Saved: x and [C] vectors; the residual's gradient is the result's."""
 
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.eps, ctx.act = inputs[5], inputs[6]
+        residual = inputs[_RESIDUAL]
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.save_for_backward(*(inputs[index] for index in _TENSORS), inputs[_KEEP])
 
-def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-    x, mean, var, gamma, beta, layer_scale, keep = ctx.saved_tensors
-    needed = [ctx.needs_input_grad[index] for index in _TENSORS]
-    values: list[torch.Tensor | None] = [None] * len(_TENSORS)
-    if any(needed):
-        with torch.no_grad():
-            found = bn_act_backward(grad, x, mean, var, gamma, beta, ctx.eps, ctx.act, layer_scale, keep)
-        values = once(found_or_none(found, needed), grad, x, layer_scale)
-    result: list[torch.Tensor | None] = [None] * (_RESIDUAL + 1)
-    for index, value in zip(_TENSORS, values, strict=True):
-        result[index] = value
-    if ctx.needs_input_grad[_RESIDUAL]:
-        result[_RESIDUAL] = grad.to(ctx.residual_dtype)
-    return tuple(result)
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        x, mean, var, gamma, beta, layer_scale, keep = ctx.saved_tensors
+        needed = [ctx.needs_input_grad[index] for index in _TENSORS]
+        values: list[torch.Tensor | None] = [None] * len(_TENSORS)
+        if any(needed):
+            with torch.no_grad():
+                found = backward_op(grad, x, mean, var, gamma, beta, ctx.eps, ctx.act, layer_scale, keep)
+            values = once(found_or_none(found, needed), grad, x, layer_scale)
+        result: list[torch.Tensor | None] = [None] * (_RESIDUAL + 1)
+        for index, value in zip(_TENSORS, values, strict=True):
+            result[index] = value
+        if ctx.needs_input_grad[_RESIDUAL]:
+            result[_RESIDUAL] = grad.to(ctx.residual_dtype)
+        return tuple(result)
+
+    return setup_context, backward
 
 
 bn_act_backward = define(
@@ -88,5 +93,6 @@ bn_act = define(
     fake=fake,
     reference=reference,
     autocast=("x", "residual"),
-    autograd=(_setup_context, _backward),
+    backward=bn_act_backward,
+    formula=_formula,
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from .. import _differentiate
@@ -84,5 +86,6 @@ bn_act_conv = define(
     fake=fake,
     reference=reference,
     autocast=("x", "weight"),
-    autograd=_differentiate.convolution(bn_act_conv_backward, moments_at=11),
+    backward=bn_act_conv_backward,
+    formula=functools.partial(_differentiate.convolution, moments_at=11),
 )

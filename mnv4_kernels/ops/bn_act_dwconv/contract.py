@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from .. import _differentiate
 from .._contract import define
 from ..bn_act_conv.contract import backward_fake, fake
@@ -23,5 +25,6 @@ bn_act_dwconv = define(
     fake=fake,
     reference=reference,
     autocast=("x", "weight"),
-    autograd=_differentiate.convolution(bn_act_dwconv_backward, moments_at=11),
+    backward=bn_act_dwconv_backward,
+    formula=functools.partial(_differentiate.convolution, moments_at=11),
 )

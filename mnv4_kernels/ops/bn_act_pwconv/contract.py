@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from .. import _differentiate
@@ -65,5 +67,6 @@ bn_act_pwconv = define(
     fake=fake,
     reference=reference,
     autocast=("x", "weight"),
-    autograd=_differentiate.convolution(bn_act_pwconv_backward, moments_at=8),
+    backward=bn_act_pwconv_backward,
+    formula=functools.partial(_differentiate.convolution, moments_at=8),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,18 +28,22 @@ def backward_fake(
     return dquery, key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    ctx.heads, ctx.scale = inputs[3:]
-    ctx.save_for_backward(*inputs[:3])
+def _formula(backward_op: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """(setup_context, backward). Saved: the inputs."""
 
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.heads, ctx.scale = inputs[3:]
+        ctx.save_for_backward(*inputs[:3])
 
-def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-    inputs = ctx.saved_tensors
-    with torch.no_grad():
-        found = mqa_backward(grad, *inputs, ctx.heads, ctx.scale)
-    needed = ctx.needs_input_grad[:3]
-    values = [value if need else None for value, need in zip(found, needed, strict=True)]
-    return (*once(values, grad, *inputs), None, None)
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        inputs = ctx.saved_tensors
+        with torch.no_grad():
+            found = backward_op(grad, *inputs, ctx.heads, ctx.scale)
+        needed = ctx.needs_input_grad[:3]
+        values = [value if need else None for value, need in zip(found, needed, strict=True)]
+        return (*once(values, grad, *inputs), None, None)
+
+    return setup_context, backward
 
 
 mqa_backward = define(
@@ -54,5 +59,6 @@ mqa = define(
     fake=fake,
     reference=reference,
     autocast=("query", "key", "value"),
-    autograd=(_setup_context, _backward),
+    backward=mqa_backward,
+    formula=_formula,
 )

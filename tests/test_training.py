@@ -1,0 +1,273 @@
+"""A patched model in train mode trains as timm's: gradients, statistics, and everything people do while they train."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import HYBRID, SMALL, assert_same_strides, create, double_of, images, ops_called
+from torch import nn
+
+import mnv4_kernels as mk
+from mnv4_kernels.backends import native
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="; ".join(native.reasons()))
+
+#: smooth, so that no rounding decides which side of a corner a value is on
+SMOOTH = {"act_layer": "silu"}
+
+
+def smooth(name: str = SMALL, **options: Any) -> nn.Module:
+    """A model in train mode whose gradients are smooth in the rounding."""
+    return create(name, **SMOOTH, **options).train()
+
+
+def loss_of(result: torch.Tensor) -> torch.Tensor:
+    """Weighs every logit differently."""
+    weights = torch.linspace(-1, 1, result.numel(), dtype=result.dtype).view_as(result)
+    return (result * weights).sum() + result.float().square().mean()
+
+
+def trained(
+    model: nn.Module, x: torch.Tensor, step: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """Gradients of parameters and input, and buffers, after one backward."""
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    torch.manual_seed(5)
+    loss_of(model(x) if step is None else step(model, x)).backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert x.grad is not None
+    return {**grads, "input": x.grad, **{name: buffer.clone() for name, buffer in model.named_buffers()}}
+
+
+def assert_trains_alike(
+    model: nn.Module,
+    x: torch.Tensor | None = None,
+    step: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None,
+    used: bool = True,
+) -> None:
+    """Every gradient and buffer is as near to float64 as eager's, by norm, with a band for the roundings of a chain.
+
+    Batch statistics of few values amplify the roundings before them by chance: eager's error is the larger of those
+    that it makes in its two memory formats.
+    """
+    x = images(4, 3, 64, 64) if x is None else x
+    exact = trained(double_of(copy.deepcopy(model)), x.double(), step)
+    eager = trained(copy.deepcopy(model), x, step)
+    nhwc = torch.channels_last
+    other = trained(copy.deepcopy(model).to(memory_format=nhwc), x.contiguous(memory_format=nhwc), step)
+    mk.patch(model)
+    called = ops_called(lambda: trained(copy.deepcopy(model), x, step))
+    assert ("bn_act_pwconv_backward" in called) is used
+    ours = trained(model, x, step)
+    assert ours.keys() == eager.keys()
+    grads = [value for name, value in exact.items() if ".running_" not in name and value.is_floating_point()]
+    largest = max(value.norm().item() for value in grads)
+    for name, true in exact.items():
+        if name.endswith("num_batches_tracked"):
+            assert torch.equal(ours[name], eager[name])
+            continue
+        error, *errors = ((values[name].double() - true).norm().item() for values in (ours, eager, other))
+        earned = max(errors)
+        # about a hundred layers' roundings; a gradient that is zero but for rounding (a bias before a BatchNorm) counts
+        # by what it is a sum of
+        band = 64 * torch.finfo(torch.float32).eps * max(true.norm().item(), 1e-4 * largest)
+        assert error <= 2 * (earned + band), f"{name}: error {error:.3g}, eager's {earned:.3g}, band {band:.3g}"
+
+
+def norms_of(model: nn.Module) -> list[Any]:
+    """Its BatchNorms."""
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+class TestGradients:
+    @pytest.mark.parametrize("name", [SMALL, HYBRID, "mobilenetv4_conv_aa_medium"])
+    def test_every_gradient_and_statistic_is_as_exact_as_eagers(self, name: str) -> None:
+        assert_trains_alike(smooth(name))
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "conv_small_035", "conv_small_050", "conv_medium", "conv_blur_medium", "conv_large", "conv_aa_large",
+            "hybrid_medium_075", "hybrid_large_075", "hybrid_large",
+        ],
+    )  # fmt: skip
+    def test_so_it_is_in_the_other_models(self, name: str) -> None:
+        assert_trains_alike(smooth(f"mobilenetv4_{name}"))
+
+    @pytest.mark.parametrize("shape", [(4, 3, 64, 96), (4, 3, 75, 61)])
+    def test_oblong_and_odd_images_in_both_memory_formats(self, shape: tuple[int, ...]) -> None:
+        assert_trains_alike(smooth(), images(*shape).contiguous(memory_format=torch.channels_last))
+        assert_trains_alike(smooth(), images(*shape))
+
+    def test_features_lie_in_memory_as_eagers_do(self) -> None:
+        for name in (SMALL, HYBRID):
+            model = smooth(name)
+            twin = copy.deepcopy(model)
+            mk.patch(twin)
+            for x in (images(), images().contiguous(memory_format=torch.channels_last)):
+                assert_same_strides(twin.forward_features(x), model.forward_features(x))
+
+    def test_a_second_derivative_is_refused_in_words(self) -> None:
+        model = smooth()
+        mk.patch(model)
+        x = images().requires_grad_()
+        (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="can't be differentiated twice"):
+            grad.square().sum().backward()
+
+
+class TestBatchNorm:
+    @pytest.mark.parametrize("momentum", [0.01, None])
+    def test_running_statistics_follow_the_momentum(self, momentum: float | None) -> None:
+        model = smooth()
+        for norm in norms_of(model):
+            norm.momentum = momentum
+
+        def twice(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+            model(x * 2)
+            return model(x)
+
+        assert_trains_alike(model, step=twice)
+
+    def test_a_frozen_batch_norm_uses_and_keeps_its_running_statistics(self) -> None:
+        model = smooth()
+        for norm in norms_of(model)[::2]:
+            norm.eval()
+        assert_trains_alike(model)
+
+    def test_one_value_a_channel_is_refused_as_in_eager(self) -> None:
+        model = smooth(HYBRID)
+        mk.patch(model)
+        with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+            model(images(1, 3, 32, 32))
+
+    def test_sync_batch_norm_keeps_torchs_path(self) -> None:
+        """Whether it is converted before or after patching: its statistics are not those of one process."""
+        from timm.layers import convert_sync_batchnorm
+
+        before, after = (convert_sync_batchnorm(smooth()), smooth())
+        assert not mk.patch(before).replaced
+        mk.patch(after)
+        plan = convert_sync_batchnorm(after).blocks[2][0]._mnv4_training_plan()
+        assert "SyncBatchNormAct is not BatchNorm2d" in plan.obstacle
+
+
+class TestHabits:
+    def test_frozen_parameters_get_no_gradient_and_the_others_theirs(self) -> None:
+        for frozen in ("blocks.0", "blocks.2", "bn", "conv"):
+            model = smooth()
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(frozen not in name)
+            assert_trains_alike(model)
+
+    def test_gradient_checkpointing(self) -> None:
+        model = smooth()
+        model.set_grad_checkpointing()
+        assert_trains_alike(model)
+
+    def test_gradients_accumulate(self) -> None:
+        def twice(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+            loss_of(model(x * 0.5)).backward()
+            return model(x)
+
+        assert_trains_alike(smooth(), step=twice)
+
+    def test_a_model_used_twice_in_one_loss(self) -> None:
+        assert_trains_alike(smooth(), step=lambda model, x: model(x) + model(x.flip(-1)))
+
+    def test_stochastic_depth_draws_as_timm_does(self) -> None:
+        for name in (SMALL, HYBRID):
+            assert_trains_alike(smooth(name, drop_path_rate=0.5, drop_rate=0.2))
+
+    def test_a_hook_inside_a_block_sees_what_it_would_in_eager(self) -> None:
+        model = smooth()
+        mk.patch(model)
+        seen: list[int] = []
+        model.blocks[2][1].pw_exp.register_forward_hook(lambda *_: seen.append(1))
+        with torch.no_grad():
+            model(images())
+        assert seen
+
+    def test_a_hook_on_a_block_gets_its_whole_result(self) -> None:
+        model = smooth()
+        seen: list[torch.Tensor] = []
+        model.blocks[0][0].register_forward_hook(lambda module, given, result: seen.append(result))
+        model(images())
+        mk.patch(model)
+        model(images())
+        torch.testing.assert_close(seen[1], seen[0], rtol=1e-4, atol=1e-4)
+
+    def test_an_exchanged_module_is_seen(self) -> None:
+        model = smooth()
+        mk.patch(model)
+        model(images())
+        block = model.blocks[2][1]
+        block.pw_exp.bn.act = nn.Hardswish()
+        assert_trains_alike(mk.unpatch(model))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_autocast_with_a_gradient_scaler(self, dtype: torch.dtype) -> None:
+        model = smooth()
+        x, labels = images(4, 3, 64, 64), torch.arange(4)
+        exact = double_of(copy.deepcopy(model))
+        nn.functional.cross_entropy(exact(x.double()), labels).backward()
+        twin = copy.deepcopy(model)
+        mk.patch(twin)
+        errors = []
+        for net in (model, twin):
+            scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+            with torch.autocast("cpu", dtype):
+                logits = net(x)
+                assert logits.dtype == dtype
+                loss = nn.functional.cross_entropy(logits.float(), labels)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            pairs = zip(net.parameters(), exact.parameters(), strict=True)
+            assert all(p.grad.dtype == torch.float32 for p in net.parameters())
+            errors.append(sum((p.grad.double() - q.grad).square().sum().item() for p, q in pairs) ** 0.5)
+        assert errors[1] <= 2 * errors[0]
+
+    def test_an_average_of_weights_follows(self) -> None:
+        from timm.utils import ModelEmaV3
+
+        model = smooth()
+        mk.patch(model)
+        average = ModelEmaV3(model, decay=0.5)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        before = copy.deepcopy(model.state_dict())
+        loss_of(model(images())).backward()
+        optimizer.step()
+        average.update(model)
+        now = model.state_dict()
+        for name, value in average.module.state_dict().items():
+            if value.is_floating_point():
+                torch.testing.assert_close(value, (before[name] + now[name]) / 2)
+        loss_of(average.module(images())).backward()
+
+    def test_a_switch_sends_a_training_op_down_timms_path(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = smooth()
+        mk.patch(model)
+        monkeypatch.setenv("MNV4_KERNELS_DISABLE_BN_ACT_DWCONV", "1")
+        called = ops_called(lambda: model(images()))
+        assert "bn_act_conv" in called
+        assert "bn_act_dwconv" not in called
+
+    def test_the_thread_count_changes_no_bit(self) -> None:
+        model = smooth(HYBRID)
+        mk.patch(model)
+        threads = torch.get_num_threads()
+        found = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(trained(copy.deepcopy(model), images(), lambda net, x: net.forward_features(x)))
+        torch.set_num_threads(threads)
+        for other in found[1:]:
+            assert all(torch.equal(value, other[name]) for name, value in found[0].items())
