@@ -1,6 +1,6 @@
 """The calls that a model of timm makes of each op, read off the model itself.
 
-`python benchmarks/shapes.py` writes them to benchmarks/calls, a file a model, for whom timm is not at hand; a test
+`python benchmarks/shapes.py` writes them to benchmarks/calls, a file a model, which is what the suites read; a test
 says when timm's models are no longer those.
 """
 
@@ -11,8 +11,8 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -42,18 +42,11 @@ class CallShape:
     #: how often the model makes this call
     count: int = 1
 
-    @property
-    def name(self) -> str:
-        """For example `pwconv_bn_act 96->384 14x14 k1 s1 x3`."""
-        height, width = self.size
-        return (
-            f"{self.op} {self.channels}->{self.outputs} {height}x{width} k{self.kernel[0]} s{self.stride[0]} "
-            f"x{self.count}"
-        )
-
 
 def call_shapes(model: str) -> list[CallShape]:
     """Distinct calls of `model` at its default size, in order of appearance."""
+    import timm
+
     size = default_size(model)
     with torch.device("meta"):
         network = timm.create_model(model).eval()
@@ -90,11 +83,6 @@ def call_shapes(model: str) -> list[CallShape]:
     with torch.no_grad(), Attention():
         network(torch.empty((1, 3, size, size), device="meta"))
     return [dataclasses.replace(shape, count=count) for shape, count in seen.items()]
-
-
-def conv_shapes(model: str) -> list[CallShape]:
-    """The convolutions among `call_shapes`, keys' and values' included."""
-    return [shape for shape in call_shapes(model) if not shape.heads]
 
 
 def _op(conv: nn.Conv2d, name: str) -> str:
@@ -139,8 +127,38 @@ def file_of(model: str) -> Path:
     return FOLDER / f"{model.removeprefix(PREFIX)}.csv"
 
 
+def kept_calls(model: str) -> list[CallShape]:
+    """The calls in `model`'s file; timm is not asked.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    path = file_of(model)
+    if not path.exists():
+        names = ", ".join(sorted(path.stem for path in FOLDER.glob("*.csv")))
+        raise ValueError(f"`model` must be one of {names}, got {model!r}")
+    with path.open() as file:
+        next(file)
+        return [_from_row(row) for row in csv.DictReader(file)]
+
+
+def _from_row(row: dict[str, str]) -> CallShape:
+    values: dict[str, Any] = {
+        name: value if name in ("op", "act") else _pair(value) if "x" in value else int(value)
+        for name, value in row.items()
+    }
+    return CallShape(**values)
+
+
+def _pair(text: str) -> tuple[int, int]:
+    first, second = map(int, text.split("x"))
+    return first, second
+
+
 def main() -> None:
     """Writes all models' files; the first line tells timm's version and the image's side."""
+    import timm
+
     FOLDER.mkdir(exist_ok=True)
     for model in timm.list_models(f"{PREFIX}*"):
         with file_of(model).open("w", newline="") as file:

@@ -14,6 +14,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import shapes  # noqa: E402
 
+from mnv4_kernels.benchmark.case import default_size  # noqa: E402
 from mnv4_kernels.benchmark.flops import count_flops  # noqa: E402
 
 MODELS = timm.list_models("mobilenetv4_*")
@@ -23,10 +24,13 @@ MODELS = timm.list_models("mobilenetv4_*")
 def test_the_kept_calls_are_those_that_timm_makes(model: str) -> None:
     with shapes.file_of(model).open() as file:
         provenance, *kept = [next(file), *csv.reader(file)]
-    assert kept == list(shapes.to_rows(shapes.call_shapes(model))), (
+    calls = shapes.call_shapes(model)
+    assert shapes.kept_calls(model) == calls
+    assert kept == list(shapes.to_rows(calls)), (
         f"timm {timm.__version__} makes other calls than the file has ({provenance.strip()}): "
         "run `python benchmarks/shapes.py` and read the difference"
     )
+    assert shapes.kept_calls(model) == calls
 
 
 def test_each_model_has_its_file_and_no_other_is_there() -> None:
@@ -39,7 +43,7 @@ def test_the_calls_account_for_every_multiplication_but_the_classifiers(model: s
 
     with torch.device("meta"):
         network = timm.create_model(model)
-    size = shapes.default_size(model)
+    size = default_size(model)
     total = 0
     for call in shapes.call_shapes(model):
         height, width = call.size
