@@ -63,8 +63,8 @@ void widen_all(const Tensor& x, Storage type, float* y, int64_t n) {
   });
 }
 
-// A large block is given back to the system when it is freed, and comes anew in pages of 4 KiB that fault one by one: a
-// third of the time of what only reads and writes it. Advice, which a kernel without huge pages ignores.
+// A large block is given back to the system when it is freed, and comes anew in pages of 4 KiB that fault one by one.
+// Advice, which a kernel without huge pages ignores.
 void advise_huge_pages(const Tensor& t) {
 #if defined(__linux__)
   constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
