@@ -103,7 +103,8 @@ double conv_row_cost(const ConvArgs& a) {
 
 double conv_cost(const ConvJob::Spec& s) {
   const double source = s.has_source ? conv_row_cost(s.source) * static_cast<double>(s.args.stride_h) : 0.0;
-  return conv_row_cost(s.args) + source;
+  const int64_t projected = s.projection ? s.y.width * s.y.channels * s.projection->y.channels : 0;
+  return conv_row_cost(s.args) + source + static_cast<double>(projected);
 }
 
 Storage conv_compute(const ConvJob::Spec& s) { return s.from_input ? s.y.type : s.x.type; }
@@ -122,7 +123,7 @@ ConvJob::ConvJob(Spec spec)
   ConvArgs& a = spec_.args;
   a.y_pixel = kPanel;
   a.y_row = spec_.y.width * kPanel;
-  a.y_panel = spec_.y.plane();
+  a.y_panel = spec_.projection ? spec_.y.width * kPanel : spec_.y.plane();
   // whole panels: the padded channels of the result are zeros
   a.out_channels = round_up(spec_.y.channels, kPanel);
   a.x_type = spec_.source.x_type = conv_compute(spec_);
@@ -134,10 +135,41 @@ ConvJob::ConvJob(Spec spec)
     outer().x_pixel = kPanel;
     outer().x_channel = 1;
   }
+  if (spec_.projection) {
+    projection_kernel_ = &gemm_kernel(spec_.y.type, spec_.projection->y.type);
+    for (int64_t b = 0; b < spec_.y.blocks(); ++b) segment_.push_back(b * spec_.y.width * kPanel);
+  }
 }
 
 int64_t ConvJob::scratch_floats() const {
-  return conv_scratch(spec_.args) + (spec_.has_source ? conv_scratch(spec_.source) : 0);
+  return conv_scratch(spec_.args) + (spec_.has_source ? conv_scratch(spec_.source) : 0) +
+         (spec_.projection ? row_floats() : 0);
+}
+
+void ConvJob::project(const Context& context, int64_t image, int64_t oy, const void* row, Stream* stream) const {
+  const Projection& p = *spec_.projection;
+  const int64_t at = image * p.y.image() + oy * p.y.width * kPanel;
+  GemmArgs g{};
+  g.a = row;
+  g.a_row = kPanel;
+  g.segment = segment_.data();
+  g.segments = spec_.y.blocks();
+  g.segment_length = kPanel;
+  g.b = p.weight;
+  g.b_panel = spec_.y.blocks() * kPanel * kPanel;
+  g.bias = p.bias;
+  g.act = p.act;
+  g.n = p.y.blocks() * kPanel;
+  g.c = p.y.at(context.arena, at);
+  g.c_row = kPanel;
+  g.c_panel = p.y.plane();
+  if (p.residual) {
+    g.residual = p.residual->at(context.arena, at);
+    g.residual_row = kPanel;
+    g.residual_panel = p.residual->plane();
+  }
+  g.stream = stream;
+  gemm(*projection_kernel_, g, 0, spec_.y.width, 0, p.y.blocks());
 }
 
 void ConvJob::run(const Context& context, int64_t begin, int64_t end, Worker& worker) const {
@@ -160,13 +192,19 @@ void ConvJob::run(const Context& context, int64_t begin, int64_t end, Worker& wo
       reader.x = spec_.x.at(context.arena, image * spec_.x.image());
     }
     args.stream = source_args.stream = &worker.stream;
+    float* buffer = worker.scratch + conv_scratch(args);
     const auto walk = [&](ConvRows& conv) {
       for (int64_t oy = first; oy < first + rows; ++oy) {
-        conv.row(oy, y.at(context.arena, image * y.image() + oy * args.y_row));
+        if (!spec_.projection) {
+          conv.row(oy, y.at(context.arena, image * y.image() + oy * args.y_row));
+          continue;
+        }
+        conv.row(oy, buffer);
+        project(context, image, oy, buffer, &worker.stream);
       }
     };
     if (spec_.has_source) {
-      ConvRows source(source_kernel_, source_args, worker.scratch + conv_scratch(args));
+      ConvRows source(source_kernel_, source_args, buffer + (spec_.projection ? row_floats() : 0));
       ConvRows conv(kernel_, args, worker.scratch, &source);
       walk(conv);
     } else {
@@ -179,7 +217,12 @@ void ConvJob::run(const Context& context, int64_t begin, int64_t end, Worker& wo
 
 std::vector<Stream::Range> ConvJob::weights(int64_t begin, int64_t end) const {
   if (begin == end) return {};
-  return {{spec_.args.weight, conv_weight_bytes(spec_.args, kernel_.input)}};
+  std::vector<Stream::Range> found{{spec_.args.weight, conv_weight_bytes(spec_.args, kernel_.input)}};
+  if (spec_.projection) {
+    const int64_t values = spec_.y.blocks() * spec_.projection->y.blocks() * kPanel * kPanel;
+    found.push_back({spec_.projection->weight, values * storage_bytes(spec_.y.type)});
+  }
+  return found;
 }
 
 int64_t ConvJob::passes(int64_t begin, int64_t end) const {

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "kernels/attention/attention.h"
@@ -103,10 +104,17 @@ class InputJob : public Job {
   int64_t first_image_;
 };
 
-// Dense convolution, and the one before it where nobody else reads that one's rows; a unit is an output row of an
-// image.
+// Dense convolution, the one before it where nobody else reads that one's rows, and the pointwise one behind it where
+// nobody else reads its own; a unit is an output row of an image.
 class ConvJob : public Job {
  public:
+  struct Projection {
+    const void* weight = nullptr;
+    const float* bias = nullptr;
+    Activation act = Activation::kNone;
+    Planes y;
+    std::optional<Planes> residual;
+  };
   struct Spec {
     ConvArgs args{};          // without x, y and their strides
     bool from_input = false;  // else from x
@@ -115,6 +123,7 @@ class ConvJob : public Job {
     bool has_source = false;  // then x is the source's
     ConvArgs source{};
     Planes y;
+    std::optional<Projection> projection;  // then y is only a row in scratch
   };
   explicit ConvJob(Spec spec);
   void run(const Context& context, int64_t begin, int64_t end, Worker& worker) const override;
@@ -125,12 +134,17 @@ class ConvJob : public Job {
   int64_t passes(int64_t begin, int64_t end) const override;
 
  private:
+  void project(const Context& context, int64_t image, int64_t oy, const void* row, Stream* stream) const;
+  int64_t row_floats() const { return spec_.y.blocks() * spec_.y.width * kPanel; }
+
   // The convolution that reads x.
   ConvArgs& outer() { return spec_.has_source ? spec_.source : spec_.args; }
 
   Spec spec_;
   const GemmKernel& kernel_;
   const GemmKernel& source_kernel_;
+  const GemmKernel* projection_kernel_ = nullptr;
+  std::vector<ptrdiff_t> segment_;
 };
 
 // The left operand or the result of a product: planes, or rows of a plain matrix.

@@ -124,6 +124,12 @@ bool Layout::feeds_conv(int64_t id) const {
   return node(next).what() == Kind::kConv && node(next).input == id && node(next).residual != id && reads_of(id) == 1;
 }
 
+bool Layout::feeds_projection(int64_t id) const {
+  const int64_t next = id + 1;
+  if (node(id).what() != Kind::kConv || next >= count() || !needed(next)) return false;
+  return node(next).what() == Kind::kPointwise && node(next).input == id && reads_of(id) == 1;
+}
+
 Planes Layout::planes(int64_t id, int64_t images) const {
   const Shape& s = shape(id);
   const bool summed = is_result(id) || feeds_rider(id);

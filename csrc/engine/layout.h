@@ -45,6 +45,8 @@ class Layout {
   bool feeds_rider(int64_t id) const;
   // A dense convolution whose rows only the dense convolution right behind it reads.
   bool feeds_conv(int64_t id) const;
+  // A dense convolution whose rows only the pointwise one right behind it reads.
+  bool feeds_projection(int64_t id) const;
   // Sizes and pads of attention's downsampled keys and values.
   Shape downsampled(int64_t id, Pads* pads) const;
 

@@ -11,10 +11,12 @@ std::vector<int64_t> images_at_a_time(const Layout& layout, int64_t images, int6
     if (layout.needed(id)) {
       const Node& n = layout.node(id);
       // what is consumed at once stays with the worker: its source counts instead
-      const auto passes = [&](int64_t node) { return layout.feeds_rider(node) || layout.feeds_conv(node); };
+      const auto passes = [&](int64_t node) {
+        return layout.feeds_rider(node) || layout.feeds_conv(node) || layout.feeds_projection(node);
+      };
       int64_t bytes = passes(id) ? 0 : layout.image_bytes(id);
       for (int64_t source : {n.input, n.residual}) {
-        if (source > 0 && passes(source)) source = layout.node(source).input;
+        while (source > 0 && passes(source)) source = layout.node(source).input;
         if (source > 0) bytes += layout.image_bytes(source);
       }
       int64_t fit = 1;

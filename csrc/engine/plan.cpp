@@ -14,10 +14,19 @@ namespace {
 // Workers may wait this part of a fused step for the one with a panel more.
 constexpr double kFusionImbalance = 0.06;
 
-// One node alone, or a pointwise node and what runs on its panels, or a dense convolution and the reader of its rows.
+// One node alone, or a pointwise node and what runs on its panels, or a dense convolution and the readers of its rows.
 struct Group {
   int64_t head = 0;
-  int64_t rider = -1;  // depthwise or pool; behind a dense convolution another one
+  int64_t rider = -1;       // depthwise or pool; behind a dense convolution another one
+  int64_t projection = -1;  // pointwise, of a dense convolution's rows
+
+  std::vector<int64_t> members() const {
+    std::vector<int64_t> found{head};
+    for (int64_t id : {rider, projection}) {
+      if (id >= 0) found.push_back(id);
+    }
+    return found;
+  }
 };
 
 }  // namespace
@@ -90,8 +99,9 @@ class Planner {
       if (!layout_.needed(i)) continue;
       Group group{i, -1};
       const bool followed = i + 1 < layout_.count() && layout_.needed(i + 1) && node(i + 1).input == i;
-      if (followed && layout_.feeds_conv(i)) {
-        group.rider = ++i;
+      if (node(i).what() == Kind::kConv) {
+        if (layout_.feeds_conv(i)) group.rider = ++i;
+        if (layout_.feeds_projection(i)) group.projection = ++i;
       } else if (followed && node(i).what() == Kind::kPointwise) {
         const Kind next = node(i + 1).what();
         const bool rides = next == Kind::kDepthwise || next == Kind::kPool;
@@ -104,8 +114,13 @@ class Planner {
   }
 
   // A result that only its rider reads never leaves the worker's cache.
-  bool is_transient(const Group& group) const {
-    return group.rider >= 0 && (layout_.feeds_rider(group.head) || layout_.feeds_conv(group.head));
+  bool is_transient(const Group& group) const { return group.rider >= 0 && layout_.feeds_rider(group.head); }
+
+  // Whether a member's result has planes in the arena.
+  bool has_planes(const Group& group, int64_t id) const {
+    if (node(id).what() == Kind::kOutput) return false;
+    if (node(group.head).what() == Kind::kConv) return id == group.members().back();
+    return id != group.head || !is_transient(group);
   }
 
   // First group behind the phase of group g: groups of a phase take as many images at a time.
@@ -132,8 +147,7 @@ class Planner {
       }
       const auto now = static_cast<int64_t>(g);
       const auto phase = static_cast<int64_t>(begin);
-      for (int64_t id : {groups_[g].head, groups_[g].rider}) {
-        if (id < 0) continue;
+      for (int64_t id : groups_[g].members()) {
         lives[static_cast<size_t>(id)] = {phase, now, now, false};
         for (int64_t source : {node(id).input, node(id).residual}) {
           if (source < 0) continue;
@@ -145,9 +159,8 @@ class Planner {
       }
     }
     for (const Group& group : groups_) {
-      for (int64_t id : {group.head, group.rider}) {
-        const bool skip = id < 0 || node(id).what() == Kind::kOutput || (id == group.head && is_transient(group));
-        if (skip) continue;
+      for (int64_t id : group.members()) {
+        if (!has_planes(group, id)) continue;
         const Life& life = lives[static_cast<size_t>(id)];
         const int64_t images = life.whole ? images_ : std::min(chunk(group), images_);
         const int64_t bytes = images * layout_.image_bytes(id);
@@ -286,7 +299,17 @@ class Planner {
     if (!spec.from_input) spec.x = planes(x);
     spec.first_image = first_image_;
     spec.y = planes(last);
-    step(group.head, spec.has_source ? "conv+conv" : "conv");
+    if (group.projection >= 0) {
+      const Node& n = node(group.projection);
+      ConvJob::Projection& p = spec.projection.emplace();
+      p.weight = weight(group.projection, 0);
+      p.bias = array(group.projection, 1);
+      p.act = n.activation();
+      p.y = planes(group.projection);
+      if (n.residual >= 0) p.residual = planes(n.residual);
+    }
+    const char* parts[] = {"conv", "conv+conv", "conv+pointwise", "conv+conv+pointwise"};
+    step(group.head, parts[(spec.has_source ? 1 : 0) + (spec.projection ? 2 : 0)]);
     add(std::make_unique<ConvJob>(std::move(spec)));
   }
 
