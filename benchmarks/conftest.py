@@ -12,7 +12,7 @@ from op_cases import heaviest_cases, op_cases
 from shapes import FOLDER
 
 from mnv4_kernels.backends import device
-from mnv4_kernels.patching.tables import render
+from mnv4_kernels.tables import render
 
 #: Whose heaviest call of each op is timed where no model is named: it makes all six.
 DEFAULT_MODEL = "hybrid_medium"

@@ -26,7 +26,7 @@ from mnv4_kernels.benchmark.rounds import Protocol, Worker, WorkerError, measure
 from mnv4_kernels.benchmark.runtimes import RUNTIMES, Foreign, Runtime, select
 from mnv4_kernels.cli import main, parser
 from mnv4_kernels.cli.arguments import cases_of
-from mnv4_kernels.patching.tables import render as table
+from mnv4_kernels.tables import render as table
 
 timm = pytest.importorskip("timm")
 

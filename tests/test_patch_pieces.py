@@ -24,8 +24,8 @@ from models import (
 from torch import nn
 
 import mnv4_kernels as mk
+from mnv4_kernels import tables
 from mnv4_kernels.modules import DropIn
-from mnv4_kernels.patching import tables
 
 timm = pytest.importorskip("timm")
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:mnv4_kernels.patch")]

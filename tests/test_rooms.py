@@ -32,7 +32,7 @@ LEVELS = (
     ("functional", "_arguments"),
     ("ops", "tuned"),
     ("backends",),
-    ("environment",),
+    ("environment", "tables"),
 )
 LEVEL = {room: len(LEVELS) - index for index, rooms in enumerate(LEVELS) for room in rooms}
 

@@ -9,8 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-from ..patching.tables import paragraph
-from ..patching.tables import render as table
+from ..tables import paragraph
+from ..tables import render as table
 from .arguments import add_case_arguments, cases_of
 from .console import progress
 

@@ -7,7 +7,7 @@ import copy
 
 import torch
 
-from ..patching.tables import render as table
+from ..tables import render as table
 from .arguments import add_case_arguments, cases_of
 from .bench import print_result
 from .console import progress

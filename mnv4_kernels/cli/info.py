@@ -11,7 +11,7 @@ import torch
 
 from .. import environment
 from ..backends import device, native
-from ..patching.tables import render as table
+from ..tables import render as table
 
 #: distribution -> what is lost without it
 OPTIONAL = {

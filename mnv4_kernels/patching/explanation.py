@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import tables
 from ..backends import native
 from ..modules import HEAD, PRE_LOGITS, STEM, DropIn
-from . import tables
 from .rules import rule_of
 
 TIMM = "timm's own path"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-from . import tables
+from .. import tables
 
 REPLACED = "replaced"
 PARTLY = "partly"

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import tables
 from ..modules import DropIn, timm_stem
-from . import tables
 from .instances import unpatch
 
 WHOLE = "(whole model)"
