@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from mnv4_kernels.benchmark import environments
+from mnv4_kernels.benchmark import environments, markdown
 from mnv4_kernels.benchmark.case import Case, create_input, create_model, default_size, randomise
 from mnv4_kernels.benchmark.ceilings import measure_ceilings
 from mnv4_kernels.benchmark.flops import count_flops, least_bytes
@@ -429,12 +429,12 @@ class TestReport:
 
 
 class TestCommand:
-    def test_bench_writes_json_and_html_and_prints_the_table(
+    def test_bench_writes_json_html_and_markdown_and_prints_the_table(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        written, page = tmp_path / "bench.json", tmp_path / "bench.html"
+        written, page, tables = tmp_path / "bench.json", tmp_path / "bench.html", tmp_path / "bench.md"
         runtimes = ["--runtimes", "eager", "ours patched", "--rounds", "2", "--seconds", "0"]
-        outputs = ["--json", str(written), "--html", str(page)]
+        outputs = ["--json", str(written), "--html", str(page), "--markdown", str(tables)]
         assert main(["bench", "conv_small_035", "--size", "64", "--threads", "1", *runtimes, *outputs]) == 0
         printed = capsys.readouterr()
         assert "ours patched is " in printed.out
@@ -444,6 +444,19 @@ class TestCommand:
         assert [row["name"] for row in result["rows"]] == ["eager", "ours patched"]
         assert all(row["error"] < 1e-5 for row in result["rows"])
         assert "<svg" in page.read_text()
+        lines = tables.read_text().splitlines()
+        (head,) = (index for index, line in enumerate(lines) if line.startswith("| runtime |"))
+        assert lines[head + 1].startswith("| --- | ---: |")
+        cells = [line.strip("| ").split(" | ") for line in lines[head : head + 4]]
+        assert [row[0] for row in cells[2:]] == ["eager", "ours patched"]
+        assert len({len(row) for row in cells}) == 1
+
+    def test_markdown_shows_a_reason_as_it_is(self) -> None:
+        row = Row("onnx_runtime", missing="failed: a|b <unknown> `x`")
+        case = CaseResult(Case("mobilenetv4_conv_small", size=64), 1, 1, 1.0, 1.0, "test", [row])
+        written = markdown.render(Report([case], {"command": "bench"}))
+        assert "onnx\\_runtime: failed: a\\|b \\<unknown\\> \\`x\\`" in written
+        assert "| command | bench |" in written
 
     def test_a_resumed_run_keeps_what_is_there_and_measures_the_rest(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]

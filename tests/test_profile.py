@@ -78,11 +78,13 @@ def test_the_page_needs_no_other_file_and_has_a_point_and_a_piece_a_block() -> N
 
 
 def test_bench_profiles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page, written = tmp_path / "profile.html", tmp_path / "profile.json"
+    page, written, tables = tmp_path / "profile.html", tmp_path / "profile.json", tmp_path / "profile.md"
     options = ["--size", "64", "--threads", "1", "--html", str(page), "--json", str(written)]
+    options += ["--markdown", str(tables)]
     assert main(["bench", "--profile", "conv_small_035", *options]) == 0
     printed = capsys.readouterr().out
     assert "blocks.1.0" in printed
     assert "(all)" in printed
     assert "<circle" in page.read_text()
     assert "weight_bytes" in written.read_text()
+    assert "| blocks.1.0 |" in tables.read_text()

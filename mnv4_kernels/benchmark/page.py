@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from .report import CaseResult, Report
+from .report import CaseResult, Report, fact
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222; }
@@ -23,19 +23,13 @@ def render(report: Report) -> str:
     """The page."""
     sections = "\n".join(_section(result) for result in report.results)
     facts = "".join(
-        f"<tr><td>{escape(name)}</td><td>{escape(_fact(value))}</td></tr>" for name, value in report.provenance.items()
+        f"<tr><td>{escape(name)}</td><td>{escape(fact(value))}</td></tr>" for name, value in report.provenance.items()
     )
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>mnv4_kernels bench</title>"
         f"<style>{STYLE}</style></head><body>\n<h1>mnv4_kernels bench</h1>\n{sections}\n"
         f"<h2>How this was measured</h2>\n<table>{facts}</table>\n</body></html>\n"
     )
-
-
-def _fact(value: object) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {version or 'not installed'}" for name, version in value.items())
-    return "none" if value is None else str(value)
 
 
 def _section(result: CaseResult) -> str:

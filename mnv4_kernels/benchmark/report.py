@@ -286,6 +286,13 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def fact(value: object) -> str:
+    """An entry of the provenance in words."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {version or 'not installed'}" for name, version in value.items())
+    return "none" if value is None else str(value)
+
+
 def _commit() -> str | None:
     """The checkout's commit, "-dirty" appended with local changes; None outside of one."""
     root = Path(__file__).resolve().parents[2]

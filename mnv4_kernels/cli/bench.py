@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from ..tables import paragraph
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json", metavar="FILE", help="write everything, with provenance, after each case; - for stdout"
     )
     parser.add_argument("--html", metavar="FILE", help="write a page with tables and a plot")
+    parser.add_argument("--markdown", metavar="FILE", help="write the tables as Markdown")
     parser.add_argument(
         "--resume", action="store_true", help="keep the cases that are in --json FILE, measure the others"
     )
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Measures, prints a table per case; status 1 if one of ours failed or was wrong, 3 on a regression."""
-    from ..benchmark.page import render
+    from ..benchmark import markdown, page
     from ..benchmark.report import Report, provenance, regressions
     from ..benchmark.rounds import Protocol, measure
     from ..benchmark.runtimes import select
@@ -85,9 +87,8 @@ def main(arguments: argparse.Namespace) -> int:
         print(json.dumps(report.as_dict(), indent=1))
     if file:
         print(f"wrote {file}", file=sys.stderr)
-    if arguments.html:
-        Path(arguments.html).write_text(render(report))
-        print(f"wrote {arguments.html}", file=sys.stderr)
+    _write(arguments.html, lambda: page.render(report))
+    _write(arguments.markdown, lambda: markdown.render(report))
     if arguments.against:
         lost = regressions(report, Report.read(Path(arguments.against)))
         print("\n".join(paragraph(f"slower: {line}") for line in lost) or "no regression", file=sys.stderr)
@@ -114,7 +115,7 @@ def _prepare(arguments: argparse.Namespace, protocol: object) -> int:
 
 
 def _profile(arguments: argparse.Namespace) -> int:
-    from ..benchmark.profile_page import render
+    from ..benchmark import markdown, profile_page
     from ..benchmark.profiling import profile
 
     profiles = [profile(case) for case in cases_of(arguments)]
@@ -128,10 +129,15 @@ def _profile(arguments: argparse.Namespace) -> int:
             print(text)
         else:
             Path(arguments.json).write_text(text + "\n")
-    if arguments.html:
-        Path(arguments.html).write_text(render(profiles))
-        print(f"wrote {arguments.html}", file=sys.stderr)
+    _write(arguments.html, lambda: profile_page.render(profiles))
+    _write(arguments.markdown, lambda: markdown.render_profiles(profiles))
     return 0
+
+
+def _write(file: str | None, render: Callable[[], str]) -> None:
+    if file:
+        Path(file).write_text(render())
+        print(f"wrote {file}", file=sys.stderr)
 
 
 def print_result(result: object) -> None:
