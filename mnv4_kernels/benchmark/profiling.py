@@ -180,11 +180,13 @@ class _Reader:
         self._names = part.names
         self._arrays = part.arrays
         self._workers = workers
-        #: node -> the nodes that its step computes: itself and what reads its result at once
+        #: node -> the nodes that its step computes: itself, what reads its result at once, and so on
         self._members = {node: [node] for node in stepped}
+        step_of = {node: node for node in stepped}
         for node, row in enumerate(self._rows):
-            if node not in stepped and row["input"] in stepped and self._kinds[node] not in ("input", "output"):
-                self._members[row["input"]].append(node)
+            if node not in stepped and row["input"] in step_of and self._kinds[node] not in ("input", "output"):
+                step_of[node] = step_of[row["input"]]
+                self._members[step_of[node]].append(node)
 
     def block(self, node: int) -> str:
         return self._names[node] or self._kinds[node]
