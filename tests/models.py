@@ -29,11 +29,11 @@ SMALL = "mobilenetv4_conv_small_035"
 HYBRID = "mobilenetv4_hybrid_medium_075"
 
 
-def randomize_(model: nn.Module, seed: int = 0, channels: int = 3) -> nn.Module:
+def randomize_(model: nn.Module, seed: int = 0, channels: int = 3, size: int = 64) -> nn.Module:
     """Gives norms and layer scales values that show errors, in place; fresh ones are 0, 1 and 1e-5.
 
-    Variances are those of random images on their way through the model, perturbed: with
-    made-up ones activations grow from block to block, until attention is a hard choice
+    Variances are those of random images of `size` on their way through the model, perturbed: with
+    made-up ones, or another size's, activations grow from block to block, until attention is a hard choice
     that any rounding tips.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -60,18 +60,18 @@ def randomize_(model: nn.Module, seed: int = 0, channels: int = 3) -> nn.Module:
                     module.weight.copy_(uniform(module.weight, 0.5, 1.5))
                     module.bias.copy_(uniform(module.bias, -0.5, 0.5))
         training = model.training
-        model.eval()(images(4, channels, 64, 64, seed=2))
+        model.eval()(images(4 if size == 64 else 1, channels, size, size, seed=2))
     for handle in handles:
         handle.remove()
     return model.train(training)
 
 
-def create(name: str = SMALL, seed: int = 0, **options: Any) -> nn.Module:
-    """timm's model `name` in eval mode, float32, random weights, randomised norms."""
+def create(name: str = SMALL, seed: int = 0, size: int = 64, **options: Any) -> nn.Module:
+    """timm's model `name` in eval mode, float32, random weights, norms randomised for images of `size`."""
     import timm
 
     torch.manual_seed(seed)
-    return randomize_(timm.create_model(name, **options), seed, options.get("in_chans", 3)).eval()
+    return randomize_(timm.create_model(name, **options), seed, options.get("in_chans", 3), size).eval()
 
 
 def images(*shape: int, seed: int = 1) -> torch.Tensor:
