@@ -52,7 +52,8 @@ def test_a_network_is_exported_as_one_program_for_all_sizes(strict: bool) -> Non
     # the program is a function of its own weights
     module = program.module()
     other = create(SMALL, seed=4)
-    module.load_state_dict(other.state_dict())
+    # counters that nothing reads are left out by strict export
+    module.load_state_dict(other.state_dict(), strict=False)
     torch.testing.assert_close(module(images()), other(images()), rtol=1e-3, atol=1e-3)
 
 

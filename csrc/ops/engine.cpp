@@ -231,6 +231,13 @@ void engine_free(int64_t handle) { registry().remove(handle); }
 
 }  // namespace
 
+// here and not in Python, where the other schemas are: a C++ program that runs an exported network has only this
+STABLE_TORCH_LIBRARY_FRAGMENT(mnv4_kernels, m) {
+  m.def("program_bytes(str program, bool bfloat16) -> int");
+  m.def("program_pack(str program, Tensor[] arrays, bool bfloat16) -> Tensor");
+  m.def("program_run(str program, Tensor packed, Tensor x, bool bfloat16, int tag) -> Tensor[]");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(mnv4_kernels, CPU, m) {
   m.impl("engine_create", TORCH_BOX(&engine_create));
   m.impl("engine_run", TORCH_BOX(&engine_run));

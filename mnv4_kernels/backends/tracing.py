@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
+import torch.utils._python_dispatch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -41,3 +43,9 @@ def edited_in_graph(tensors: Iterable[torch.Tensor], holders: Iterable[object]) 
         return False
     storages = {tensor.untyped_storage()._cdata for tensor in tensors}
     return any(arg.example.untyped_storage()._cdata in storages for arg in written)
+
+
+def untraced() -> AbstractContextManager[Any]:
+    """Within it tensors are real, and nothing that is done to them enters a graph that is being traced."""
+    context: AbstractContextManager[Any] = torch.utils._python_dispatch._disable_current_modes()
+    return context

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from ..backends import native
+from ..backends.tracing import constant_in_graphs, untraced
 from ..modules.program import FEATURES, RESULT
-from ..ops.engine import Engine, engine_run
+from ..ops.engine import Engine, encode, engine_run, program_pack, program_run
 
 #: What weights are stored in and inputs may be.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,6 +55,10 @@ class ProgramPart(nn.Module):
 
     def forward(self, x: torch.Tensor, tag: int = RESULT) -> list[torch.Tensor]:
         """[N, C, H, W] -> the outputs of `tag`, float32."""
+        if torch.compiler.is_exporting():
+            # a handle is nothing in another process: the packed weights become a constant of the exported program
+            exported: list[torch.Tensor] = program_run(_text(self), _packed(self), x, self.in_bfloat16, tag)
+            return exported
         results: list[torch.Tensor] = engine_run(self._handle, x, tag)
         return results
 
@@ -65,6 +70,20 @@ class ProgramPart(nn.Module):
         arrays = state.pop("arrays")
         super().__setstate__(state)
         self._start(arrays)
+
+
+@constant_in_graphs
+def _text(part: ProgramPart) -> str:
+    with untraced():
+        return encode(part.program.tolist())
+
+
+@constant_in_graphs
+def _packed(part: ProgramPart) -> torch.Tensor:
+    text = _text(part)
+    with untraced():
+        packed: torch.Tensor = program_pack(text, part.arrays, part.in_bfloat16)
+        return packed
 
 
 class OptimizedNetwork(nn.Module):

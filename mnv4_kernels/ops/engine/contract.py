@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ...backends import native
 from .._contract import LIBRARY, NAMESPACE
 from .programs import Program, decoded, program_of
 
@@ -15,23 +16,18 @@ LIBRARY.define("engine_profile(int handle, Tensor x, int tag, int repeats) -> (T
 LIBRARY.define("engine_arrays(int handle) -> Tensor[]")
 LIBRARY.define("engine_free(int handle) -> ()")
 
-# the same without state, for exported programs: the weights are an argument, the program is text
-LIBRARY.define("program_bytes(str program, bool bfloat16) -> int")
-LIBRARY.define("program_pack(str program, Tensor[] arrays, bool bfloat16) -> Tensor")
-LIBRARY.define(
-    "program_run(str program, Tensor packed, Tensor x, bool bfloat16, int tag) -> Tensor[]",
-    tags=(torch.Tag.flexible_layout,),
-)
-
 _ops = getattr(torch.ops, NAMESPACE)
 engine_create = _ops.engine_create.default
 engine_run = _ops.engine_run.default
 engine_profile = _ops.engine_profile.default
 engine_arrays = _ops.engine_arrays.default
 engine_free = _ops.engine_free.default
-program_bytes = _ops.program_bytes.default
-program_pack = _ops.program_pack.default
-program_run = _ops.program_run.default
+
+# the same without state, for exported programs: the weights are an argument, the program is text. Their schemas are
+# in the C++ library (csrc/ops/engine.cpp)
+program_bytes: Any = _ops.program_bytes.default if native.available() else None
+program_pack: Any = _ops.program_pack.default if native.available() else None
+program_run: Any = _ops.program_run.default if native.available() else None
 
 
 def _fake_run(handle: int, x: torch.Tensor, tag: int) -> list[torch.Tensor]:
@@ -61,7 +57,8 @@ def _no_gradients(ctx: Any, *gradients: Any) -> None:
 
 
 torch.library.register_fake(f"{NAMESPACE}::engine_run", _fake_run, lib=LIBRARY)
-torch.library.register_fake(f"{NAMESPACE}::program_pack", _fake_pack, lib=LIBRARY)
-torch.library.register_fake(f"{NAMESPACE}::program_run", _fake_program_run, lib=LIBRARY)
-torch.library.register_autograd(f"{NAMESPACE}::program_pack", _no_gradients, lib=LIBRARY)
-torch.library.register_autograd(f"{NAMESPACE}::program_run", _no_gradients, lib=LIBRARY)
+if native.available():
+    torch.library.register_fake(f"{NAMESPACE}::program_pack", _fake_pack, lib=LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::program_run", _fake_program_run, lib=LIBRARY)
+    torch.library.register_autograd(f"{NAMESPACE}::program_pack", _no_gradients, lib=LIBRARY)
+    torch.library.register_autograd(f"{NAMESPACE}::program_run", _no_gradients, lib=LIBRARY)
