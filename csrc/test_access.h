@@ -15,6 +15,7 @@
 #include "kernels/gemm/gemm.h"
 #include "kernels/peak/peak.h"
 #include "kernels/pointwise/pointwise.h"
+#include "kernels/winograd/winograd.h"
 
 namespace mnv4 {
 
@@ -27,6 +28,9 @@ namespace mnv4 {
 #define MNV4_POINTWISE_KERNELS(tier, name) extern const PointwiseKernels name;
 #include "kernels/pointwise/pointwise.inc"
 #undef MNV4_POINTWISE_KERNELS
+#define MNV4_WINOGRAD_KERNELS(tier, name) extern const WinogradKernels name;
+#include "kernels/winograd/winograd.inc"
+#undef MNV4_WINOGRAD_KERNELS
 #define MNV4_PEAK_KERNEL(tier, name, bf16) extern const PeakKernel name;
 #include "kernels/peak/peak.inc"
 #undef MNV4_PEAK_KERNEL
@@ -64,6 +68,14 @@ inline std::vector<Row<PointwiseKernels>> pointwise_rows() {
 #define MNV4_POINTWISE_KERNELS(tier, name) {tier, #name, &name},
 #include "kernels/pointwise/pointwise.inc"
 #undef MNV4_POINTWISE_KERNELS
+  };
+}
+
+inline std::vector<Row<WinogradKernels>> winograd_rows() {
+  return {
+#define MNV4_WINOGRAD_KERNELS(tier, name) {tier, #name, &name},
+#include "kernels/winograd/winograd.inc"
+#undef MNV4_WINOGRAD_KERNELS
   };
 }
 
@@ -118,6 +130,7 @@ py::dict facts(const Row<Kernel>& row) {
     found["max_rows"] = row.kernel->max_rows;
     found["wide_rows"] = row.kernel->wide_rows;
     found["wide_panels"] = row.kernel->wide_panels;
+    found["image_segment"] = row.kernel->image_segment;
   }
   return found;
 }
@@ -134,6 +147,7 @@ inline py::dict lists() {
   found["gemm"] = all_facts(gemm_rows());
   found["dwconv"] = all_facts(dwconv_rows());
   found["pointwise"] = all_facts(pointwise_rows());
+  found["winograd"] = all_facts(winograd_rows());
   found["peak"] = all_facts(peak_rows());
   return found;
 }
@@ -212,6 +226,7 @@ inline void define(py::module_& m) {
   m.def(
       "row_strides", [] { return std::vector<ptrdiff_t>(kRowStrides, kRowStrides + kRowVariants); },
       "Row strides that GEMM tiles are compiled for; the first stands for any other.");
+  m.attr("image_row") = kImageRow;
   m.def("gemm_tile", &run_gemm_tile, py::arg("name"), py::arg("numbers"), py::arg("segments"), py::arg("act"),
         py::arg("a"), py::arg("b"), py::arg("bias"), py::arg("gamma"), py::arg("residual"), py::arg("c"),
         py::arg("partial"), "One GemmTile of kernel `name`; `numbers` are its fields, `rows` and `variant`.");
@@ -245,6 +260,27 @@ inline void define(py::module_& m) {
       },
       py::arg("name"), py::arg("x"), py::arg("rows"), py::arg("columns"), py::arg("x_row"), py::arg("scale"),
       "softmax(scale * x), row by row, in place.");
+  m.def(
+      "winograd_terms",
+      [](const std::string& name, const py::buffer& x, int64_t x_row, int64_t tiles, int64_t channels,
+         const py::buffer& terms, int64_t term) {
+        const float* rows[kWinogradTerms];
+        for (int i = 0; i < kWinogradTerms; ++i) rows[i] = static_cast<const float*>(data(x)) + i * x_row;
+        find(winograd_rows(), name).make_terms(rows, tiles, channels, static_cast<float*>(data(terms, true)), term);
+      },
+      py::arg("name"), py::arg("x"), py::arg("x_row"), py::arg("tiles"), py::arg("channels"), py::arg("terms"),
+      py::arg("term"), "Terms of a row of tiles, from five rows of pixels x_row apart.");
+  m.def(
+      "winograd_rows",
+      [](const std::string& name, const py::buffer& sums, int64_t tiles, int64_t width, const std::string& act,
+         const py::buffer& y, int64_t y_row, int64_t y_pixel) {
+        auto* first = static_cast<float*>(data(y, true));
+        float* const rows[] = {first, y_row ? first + y_row : nullptr};
+        find(winograd_rows(), name)
+            .make_rows(static_cast<const float*>(data(sums)), tiles, width, activation(act), rows, y_pixel);
+      },
+      py::arg("name"), py::arg("sums"), py::arg("tiles"), py::arg("width"), py::arg("act"), py::arg("y"),
+      py::arg("y_row"), py::arg("y_pixel"), "Two rows of `width` pixels y_row apart, or one where that is 0.");
 }
 
 }  // namespace test_access

@@ -75,7 +75,8 @@ def test_a_network_takes_any_shape(name: str, size: tuple[int, int], batch: int,
     x = images(batch, 3, *size)
     with torch.no_grad():
         exact = model(x.double())
-        assert torch.linalg.vector_norm(fast(x) - exact) <= 1e-5 * torch.linalg.vector_norm(exact)
+        # at a size that its norms were not calibrated for, eager's own error with a hybrid is 3e-5
+        assert torch.linalg.vector_norm(fast(x) - exact) <= 1e-4 * torch.linalg.vector_norm(exact)
 
 
 _CACHE: dict[str, tuple[torch.nn.Module, mk.OptimizedNetwork]] = {}

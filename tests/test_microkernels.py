@@ -108,6 +108,8 @@ class Tile:
         self.input, self.output = dtype_of(kernel["input"]), dtype_of(kernel["output"])
         self.panels = kernel["wide_panels"] if variant < 0 else 1
         self.n = (self.panels - 1) * PANEL + columns
+        if kernels.row_strides()[variant] == kernels.image_row and variant > 0:
+            length = kernel["image_segment"]
         self.segment_length = length
         # overlapping rows are what a strided image has: the same element may belong to several
         self.a_row = kernels.row_strides()[variant] if variant > 0 else segments * (length + 3) + 5
@@ -452,6 +454,54 @@ def test_softmax_of_rows(kernel: dict[str, Any]) -> None:
         mine = torch.zeros_like(x.values, dtype=torch.bool)
         mine.as_strided((rows, columns), (pitch, 1)).fill_(True)
         assert torch.equal(x.written(), mine)
+
+
+winograd_rows = pytest.mark.parametrize("kernel", rows_of("winograd"))
+
+
+@winograd_rows
+@pytest.mark.parametrize("channels", [1, 7, 8, 16, 24, 33])
+def test_winograds_terms(kernel: dict[str, Any], channels: int) -> None:
+    # the order is that of kernels/winograd/winograd.h
+    term_of = torch.tensor([[1, 0, -1, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, -1, 0, 1], [0, 0, 0, 1, 0]])
+    for tiles in (1, 2, 5):
+        width = 4 * tiles + 1
+        x_row, plane = width * channels + 3, tiles * channels + 2
+        x = Guarded(4 * x_row + width * channels)
+        pixels = x.values.as_strided((5, width, channels), (x_row, channels, 1))
+        pixels.copy_(random(5, width, channels))
+        terms = Guarded(24 * plane + tiles * channels)
+        kernels.winograd_terms(kernel["listed_name"], x.buffer, x_row, tiles, channels, terms.buffer, plane)
+        windows = pixels.double().unfold(1, 5, 4)
+        exact = torch.einsum("ay,bx,ytcx->abtc", term_of.double(), term_of.double(), windows)
+        layout = (5, 5, tiles, channels), (5 * plane, plane, channels, 1)
+        error = (terms.values.as_strided(*layout).double() - exact).abs()
+        assert bool((error <= 4 * EPS * windows.abs().amax()).all())
+        mine = torch.zeros_like(terms.values, dtype=torch.bool)
+        mine.as_strided(*layout).fill_(True)
+        assert torch.equal(terms.written(), mine)
+
+
+@winograd_rows
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_winograds_sums_make_two_rows(kernel: dict[str, Any], act: str) -> None:
+    share = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]]).double()
+    for width, rows in itertools.product((1, 2, 5, 6), (1, 2)):
+        tiles = -(-width // 2)
+        sums = Guarded.of(random(3, 3, tiles, PANEL))
+        y_pixel = PANEL + 4
+        y_row = width * y_pixel + 1
+        y = Guarded((rows - 1) * y_row + (width - 1) * y_pixel + PANEL)
+        name = kernel["listed_name"]
+        kernels.winograd_rows(name, sums.buffer, tiles, width, act, y.buffer, y_row if rows == 2 else 0, y_pixel)
+        values = sums.values.double().unflatten(0, (3, 3, tiles, PANEL))
+        exact = ACTIVATIONS[act](torch.einsum("yi,xj,ijtc->ytxc", share, share, values).flatten(1, 2))[:rows, :width]
+        layout = (rows, width, PANEL), (y_row, y_pixel, 1)
+        error = (y.values.as_strided(*layout).double() - exact).abs()
+        assert bool((error <= 32 * EPS * (1 + exact.abs())).all())
+        mine = torch.zeros_like(y.values, dtype=torch.bool)
+        mine.as_strided(*layout).fill_(True)
+        assert torch.equal(y.written(), mine)
 
 
 @pytest.mark.parametrize("family", LISTS)

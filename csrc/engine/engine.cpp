@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "engine/phases.h"
-#include "kernels/conv/conv.h"
+#include "kernels/winograd/winograd.h"
 
 namespace mnv4::engine {
 namespace {
@@ -13,7 +13,7 @@ constexpr size_t kPlans = 16;
 
 // How an array is packed, and the floats it then takes.
 struct Packing {
-  enum class Layout { kVector, kDepthwise, kConv, kProduct } layout;
+  enum class Layout { kVector, kDepthwise, kConv, kWinograd, kProduct } layout;
   int64_t outputs;
   int64_t inputs;
   int kernel_h;
@@ -35,6 +35,8 @@ struct Packing {
         return columns * taps;
       case Layout::kConv:
         return columns * conv_depth(conv());
+      case Layout::kWinograd:
+        return columns * winograd_depth(inputs);
       case Layout::kProduct:
         return columns * round_up(inputs, kPanel);
     }
@@ -70,6 +72,11 @@ struct Packing {
         unpack_conv(packed, outputs, conv(), to.data());
         return to;
       }
+      case Layout::kWinograd: {
+        std::vector<float> to(static_cast<size_t>(outputs * inputs * taps));
+        unpack_winograd(packed, outputs, inputs, to.data());
+        return to;
+      }
       case Layout::kDepthwise:
       case Layout::kProduct:
         break;
@@ -95,6 +102,9 @@ struct Packing {
       case Layout::kConv:
         pack_conv(from.data, outputs, conv(), to);
         break;
+      case Layout::kWinograd:
+        pack_winograd(from.data, outputs, inputs, to);
+        break;
       case Layout::kProduct:
         for (int64_t first = 0; first < outputs; first += kPanel) {
           pack_panels(from.data + first * inputs, std::min<int64_t>(kPanel, outputs - first), inputs, inputs, 1, to);
@@ -116,8 +126,11 @@ std::vector<Packing> packings(const Node& n, int64_t channels, Storage type) {
     return Packing{Layout::kProduct, outputs, inputs, 1, 1, type};
   };
   switch (n.what()) {
-    case Kind::kConv:
-      return {{Layout::kConv, n.channels, channels, kh, kw, type, n.dilation_w != 1}, vector(n.channels)};
+    case Kind::kConv: {
+      Packing conv{Layout::kConv, n.channels, channels, kh, kw, type, n.dilation_w != 1};
+      if (winograd_fits(conv.conv(), n.stride_h, n.stride_w, n.dilation_h)) conv.layout = Layout::kWinograd;
+      return {conv, vector(n.channels)};
+    }
     case Kind::kDepthwise:
       return {{Layout::kDepthwise, n.channels, 1, kh, kw}, vector(n.channels)};
     case Kind::kPointwise:
@@ -223,6 +236,7 @@ void Engine::find(char* packed) {
   for (PackedNode& node : packed_) node.pairs = compute_ != Storage::kFloat32;
   for (const Place& place : places(program_, compute_)) {
     packed_[place.node].arrays.push_back(packed + place.offset);
+    packed_[place.node].winograd |= place.packing.layout == Packing::Layout::kWinograd;
     const int64_t panels = std::max<int64_t>(1, div_up(place.packing.outputs, kPanel));
     slots_.push_back({place.node, place.array, place.packing.type, place.packing.floats() / (panels * kPanel), panels});
   }

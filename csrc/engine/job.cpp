@@ -101,6 +101,10 @@ double conv_row_cost(const ConvArgs& a) {
   return static_cast<double>(a.out_width * a.out_channels * a.channels * a.kernel_h * a.kernel_w);
 }
 
+int64_t conv_units(const ConvJob::Spec& s) {
+  return s.y.images * div_up(s.y.height, s.args.winograd ? WinogradRows::kRows : ConvRows::kRows);
+}
+
 double conv_cost(const ConvJob::Spec& s) {
   const double source = s.has_source ? conv_row_cost(s.source) * static_cast<double>(s.args.stride_h) : 0.0;
   const int64_t projected = s.projection ? s.y.width * s.y.channels * s.projection->y.channels : 0;
@@ -110,13 +114,14 @@ double conv_cost(const ConvJob::Spec& s) {
 Storage conv_compute(const ConvJob::Spec& s) { return s.from_input ? s.y.type : s.x.type; }
 
 int64_t conv_weight_bytes(const ConvArgs& a, Storage type) {
-  return conv_depth(a.shape()) * round_up(a.out_channels, kPanel) * storage_bytes(type);
+  const int64_t depth = a.winograd ? winograd_depth(a.channels) : conv_depth(a.shape());
+  return depth * round_up(a.out_channels, kPanel) * storage_bytes(type);
 }
 
 }  // namespace
 
 ConvJob::ConvJob(Spec spec)
-    : Job(spec.y.images * spec.y.height, conv_cost(spec)),
+    : Job(conv_units(spec), conv_cost(spec)),
       spec_(std::move(spec)),
       kernel_(gemm_kernel(conv_compute(spec_), spec_.y.type)),
       source_kernel_(gemm_kernel(conv_compute(spec_), conv_compute(spec_))) {
@@ -141,9 +146,13 @@ ConvJob::ConvJob(Spec spec)
   }
 }
 
+int64_t ConvJob::own_scratch() const {
+  return spec_.args.winograd ? winograd_scratch(spec_.args) : conv_scratch(spec_.args);
+}
+
 int64_t ConvJob::scratch_floats() const {
-  return conv_scratch(spec_.args) + (spec_.has_source ? conv_scratch(spec_.source) : 0) +
-         (spec_.projection ? row_floats() : 0);
+  return own_scratch() + (spec_.has_source ? conv_scratch(spec_.source) : 0) +
+         (spec_.projection ? rows_of_unit() * row_floats() : 0);
 }
 
 void ConvJob::project(const Context& context, int64_t image, int64_t oy, const void* row, Stream* stream) const {
@@ -172,12 +181,32 @@ void ConvJob::project(const Context& context, int64_t image, int64_t oy, const v
   gemm(*projection_kernel_, g, 0, spec_.y.width, 0, p.y.blocks());
 }
 
-void ConvJob::run(const Context& context, int64_t begin, int64_t end, Worker& worker) const {
+template <class Rows>
+void ConvJob::walk(const Context& context, const ConvArgs& args, ConvRows* source, int64_t image, int64_t first,
+                   int64_t rows, float* buffer, Worker& worker) const {
   const Planes& y = spec_.y;
+  Rows conv(kernel_, args, worker.scratch, source);
+  for (int64_t oy = first; oy < first + rows; oy += Rows::kRows) {
+    void* row[Rows::kRows];
+    const int64_t count = std::min(Rows::kRows, y.height - oy);
+    for (int64_t r = 0; r < Rows::kRows; ++r) {
+      void* to = spec_.projection ? static_cast<void*>(buffer + r * row_floats())
+                                  : y.at(context.arena, image * y.image() + (oy + r) * args.y_row);
+      row[r] = r < count ? to : nullptr;
+    }
+    conv.rows(oy, row);
+    if (!spec_.projection) continue;
+    for (int64_t r = 0; r < count; ++r) project(context, image, oy + r, row[r], &worker.stream);
+  }
+}
+
+void ConvJob::run(const Context& context, int64_t begin, int64_t end, Worker& worker) const {
+  const int64_t step = rows_of_unit();
+  const int64_t image_units = div_up(spec_.y.height, step);
   while (begin < end) {
-    const int64_t image = begin / y.height;
-    const int64_t first = begin % y.height;
-    const int64_t rows = std::min(y.height - first, end - begin);
+    const int64_t image = begin / image_units;
+    const int64_t first = begin % image_units;
+    const int64_t units = std::min(image_units - first, end - begin);
     ConvArgs args = spec_.args;
     ConvArgs source_args = spec_.source;
     ConvArgs& reader = spec_.has_source ? source_args : args;
@@ -192,26 +221,18 @@ void ConvJob::run(const Context& context, int64_t begin, int64_t end, Worker& wo
       reader.x = spec_.x.at(context.arena, image * spec_.x.image());
     }
     args.stream = source_args.stream = &worker.stream;
-    float* buffer = worker.scratch + conv_scratch(args);
-    const auto walk = [&](ConvRows& conv) {
-      for (int64_t oy = first; oy < first + rows; ++oy) {
-        if (!spec_.projection) {
-          conv.row(oy, y.at(context.arena, image * y.image() + oy * args.y_row));
-          continue;
-        }
-        conv.row(oy, buffer);
-        project(context, image, oy, buffer, &worker.stream);
-      }
-    };
+    float* buffer = worker.scratch + own_scratch();
+    std::optional<ConvRows> source;
     if (spec_.has_source) {
-      ConvRows source(source_kernel_, source_args, buffer + (spec_.projection ? row_floats() : 0));
-      ConvRows conv(kernel_, args, worker.scratch, &source);
-      walk(conv);
-    } else {
-      ConvRows conv(kernel_, args, worker.scratch);
-      walk(conv);
+      source.emplace(source_kernel_, source_args, buffer + (spec_.projection ? step * row_floats() : 0));
     }
-    begin += rows;
+    ConvRows* rows = source ? &*source : nullptr;
+    if (args.winograd) {
+      walk<WinogradRows>(context, args, rows, image, first * step, units * step, buffer, worker);
+    } else {
+      walk<ConvRows>(context, args, rows, image, first * step, units * step, buffer, worker);
+    }
+    begin += units;
   }
 }
 
@@ -226,7 +247,8 @@ std::vector<Stream::Range> ConvJob::weights(int64_t begin, int64_t end) const {
 }
 
 int64_t ConvJob::passes(int64_t begin, int64_t end) const {
-  return (end - begin) * div_up(spec_.y.width, kernel_.max_rows) * conv_weight_bytes(spec_.args, kernel_.input);
+  const int64_t rows = spec_.args.winograd ? div_up(spec_.y.width, 2) : spec_.y.width;
+  return (end - begin) * div_up(rows, kernel_.max_rows) * conv_weight_bytes(spec_.args, kernel_.input);
 }
 
 namespace {

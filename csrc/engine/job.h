@@ -13,6 +13,7 @@
 #include "kernels/conv/conv.h"
 #include "kernels/dwconv/dwconv.h"
 #include "kernels/gemm/gemm.h"
+#include "kernels/winograd/winograd.h"
 
 namespace mnv4::engine {
 
@@ -105,7 +106,7 @@ class InputJob : public Job {
 };
 
 // Dense convolution, the one before it where nobody else reads that one's rows, and the pointwise one behind it where
-// nobody else reads its own; a unit is an output row of an image.
+// nobody else reads its own; a unit is an output row of an image, or two of them with Winograd's products.
 class ConvJob : public Job {
  public:
   struct Projection {
@@ -134,7 +135,13 @@ class ConvJob : public Job {
   int64_t passes(int64_t begin, int64_t end) const override;
 
  private:
+  // Output rows [first, first + rows) of an image, by ConvRows or WinogradRows; `buffer` is for rows to project.
+  template <class Rows>
+  void walk(const Context& context, const ConvArgs& args, ConvRows* source, int64_t image, int64_t first, int64_t rows,
+            float* buffer, Worker& worker) const;
   void project(const Context& context, int64_t image, int64_t oy, const void* row, Stream* stream) const;
+  int64_t rows_of_unit() const { return spec_.args.winograd ? WinogradRows::kRows : ConvRows::kRows; }
+  int64_t own_scratch() const;
   int64_t row_floats() const { return spec_.y.blocks() * spec_.y.width * kPanel; }
 
   // The convolution that reads x.

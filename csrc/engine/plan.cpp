@@ -100,7 +100,8 @@ class Planner {
       Group group{i, -1};
       const bool followed = i + 1 < layout_.count() && layout_.needed(i + 1) && node(i + 1).input == i;
       if (node(i).what() == Kind::kConv) {
-        if (layout_.feeds_conv(i)) group.rider = ++i;
+        // Winograd's products make two rows at a time, which no ring asks for
+        if (layout_.feeds_conv(i) && !packed_[static_cast<size_t>(i)].winograd) group.rider = ++i;
         if (layout_.feeds_projection(i)) group.projection = ++i;
       } else if (followed && node(i).what() == Kind::kPointwise) {
         const Kind next = node(i + 1).what();
@@ -285,6 +286,7 @@ class Planner {
     a.dilation_w = static_cast<int>(n.dilation_w);
     a.act = n.activation();
     a.pairs = packed_[static_cast<size_t>(id)].pairs;
+    a.winograd = packed_[static_cast<size_t>(id)].winograd;
     return a;
   }
 

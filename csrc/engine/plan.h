@@ -17,7 +17,8 @@ namespace mnv4::engine {
 // A node's arrays in the order in which the kernels read them.
 struct PackedNode {
   std::vector<const void*> arrays;
-  bool pairs = false;  // as ConvArgs::pairs
+  bool pairs = false;     // as ConvArgs::pairs
+  bool winograd = false;  // as ConvArgs::winograd
 };
 
 class Plan {

@@ -67,49 +67,33 @@ int64_t conv_depth(const ConvShape& shape) {
   return runs.segments * runs.length;
 }
 
-int64_t conv_scratch(const ConvArgs& a) {
+int64_t PaddedRows::floats(const ConvArgs& a) {
   const ConvRing ring(a);
-  return ring_floats(ring) + segment_floats(ring.segments) + ring.slot;
+  return ring_floats(ring) + ring.slot;
 }
 
-ConvRows::ConvRows(const GemmKernel& kernel, const ConvArgs& args, float* scratch, ConvRows* source)
+PaddedRows::PaddedRows(const GemmKernel& kernel, const ConvArgs& args, float* scratch, ConvRows* source)
     : kernel_(kernel),
       args_(args),
       ring_(args),
       ring_rows_(scratch),
-      segment_(reinterpret_cast<ptrdiff_t*>(scratch + ring_floats(ring_))),
-      wide_row_(scratch + ring_floats(ring_) + segment_floats(ring_.segments)),
+      wide_row_(scratch + ring_floats(ring_)),
       source_(source),
       filled_(std::numeric_limits<int64_t>::min()) {
-  product_.a = ring_rows_;
-  product_.a_row = static_cast<ptrdiff_t>(args.stride_w) * ring_.plane_channels;
-  product_.segment = segment_;
-  product_.segments = ring_.segments;
-  product_.segment_length = ring_.length;
-  product_.b = args.weight;
-  product_.b_panel = ring_.segments * ring_.length * kPanel;
-  product_.bias = args.bias;
-  product_.c_row = args.y_pixel;
-  product_.c_panel = args.y_panel;
-  product_.n = args.out_channels;
-  product_.act = args.act;
-  product_.stream = args.stream;
-  if (source) {
-    const bool blocks = ring_.plane_channels == kPanel;
-    source->product_.c_row = ring_.plane_channels;
-    source->product_.c_panel = blocks ? ring_.plane : kPanel;
-    source->product_.n = args.channels;
-  }
+  if (source) source->feed(ring_, args.channels);
 }
 
 // The row without its padding, in its ring's layout.
 template <class T>
-void ConvRows::copy(int64_t iy, T* row) const {
+void PaddedRows::copy(int64_t iy, T* row) const {
   const T* x = static_cast<const T*>(args_.x) + iy * args_.x_row;
   if (ring_.planar) {
     for (int64_t p = 0; p < ring_.planes; ++p) {
       const T* in = x + p * args_.x_channel;
       T* out = row + p * ring_.plane;
+      // a caller's image lies in memory; the rows of the next output row arrive during this one's products
+      const T* next = in + args_.stride_h * args_.x_row;
+      for (int64_t i = 0; i < args_.width * args_.x_pixel; i += kPanel) __builtin_prefetch(next + i);
       if (args_.x_pixel == 1) {
         std::copy_n(in, args_.width, out);
       } else {
@@ -135,7 +119,7 @@ void ConvRows::copy(int64_t iy, T* row) const {
 }
 
 template <class T>
-void ConvRows::fill(int64_t iy, T* row) {
+void PaddedRows::fill(int64_t iy, T* row) {
   const bool inside = iy >= 0 && iy < args_.height;
   const int64_t left = inside ? args_.pad_left * ring_.plane_channels : ring_.plane;
   const int64_t right = inside ? ring_.plane - left - args_.width * ring_.plane_channels : 0;
@@ -154,25 +138,7 @@ void ConvRows::fill(int64_t iy, T* row) {
   }
 }
 
-void ConvRows::fill_segments(int64_t iy) {
-  const int64_t taps = args_.dilation_w != 1 ? args_.kernel_w : 1;
-  const ptrdiff_t step = static_cast<ptrdiff_t>(args_.dilation_w) * ring_.plane_channels;
-  // planar weights are in OIHW's own order, channels outermost
-  const int64_t outer = ring_.planar ? ring_.planes : args_.kernel_h;
-  const int64_t inner = ring_.planar ? args_.kernel_h : ring_.planes;
-  ptrdiff_t* segment = segment_;
-  for (int64_t i = 0; i < outer; ++i) {
-    for (int64_t j = 0; j < inner; ++j) {
-      const int64_t ky = ring_.planar ? j : i;
-      const int64_t plane = ring_.planar ? i : j;
-      const int64_t first = ring_.slot_of(iy + ky * args_.dilation_h) + plane * ring_.plane;
-      for (int64_t kx = 0; kx < taps; ++kx) *segment++ = first + kx * step;
-    }
-  }
-}
-
-void ConvRows::row(int64_t oy, void* y) {
-  const int64_t first = oy * args_.stride_h - args_.pad_top;
+void PaddedRows::advance_to(int64_t first) {
   for (filled_ = std::max(filled_, first); filled_ < first + ring_.slots; ++filled_) {
     if (kernel_.input == Storage::kFloat32) {
       fill(filled_, static_cast<float*>(at(filled_)));
@@ -183,6 +149,60 @@ void ConvRows::row(int64_t oy, void* y) {
       fill(filled_, static_cast<uint16_t*>(at(filled_)));
     }
   }
+}
+
+int64_t conv_scratch(const ConvArgs& a) {
+  return round_up(PaddedRows::floats(a), kPanel) + segment_floats(ConvRing(a).segments);
+}
+
+ConvRows::ConvRows(const GemmKernel& kernel, const ConvArgs& args, float* scratch, ConvRows* source)
+    : kernel_(kernel),
+      args_(args),
+      rows_(kernel, args, scratch, source),
+      segment_(reinterpret_cast<ptrdiff_t*>(scratch + round_up(PaddedRows::floats(args), kPanel))) {
+  const ConvRing& ring = rows_.ring();
+  product_.a = rows_.data();
+  product_.a_row = static_cast<ptrdiff_t>(args.stride_w) * ring.plane_channels;
+  product_.segment = segment_;
+  product_.segments = ring.segments;
+  product_.segment_length = ring.length;
+  product_.b = args.weight;
+  product_.b_panel = ring.segments * ring.length * kPanel;
+  product_.bias = args.bias;
+  product_.c_row = args.y_pixel;
+  product_.c_panel = args.y_panel;
+  product_.n = args.out_channels;
+  product_.act = args.act;
+  product_.stream = args.stream;
+}
+
+void ConvRows::feed(const ConvRing& ring, int64_t channels) {
+  product_.c_row = ring.plane_channels;
+  product_.c_panel = ring.plane_channels == kPanel ? ring.plane : kPanel;
+  product_.n = channels;
+}
+
+void ConvRows::fill_segments(int64_t iy) {
+  const ConvRing& ring = rows_.ring();
+  const int64_t taps = args_.dilation_w != 1 ? args_.kernel_w : 1;
+  const ptrdiff_t step = static_cast<ptrdiff_t>(args_.dilation_w) * ring.plane_channels;
+  // planar weights are in OIHW's own order, channels outermost
+  const int64_t outer = ring.planar ? ring.planes : args_.kernel_h;
+  const int64_t inner = ring.planar ? args_.kernel_h : ring.planes;
+  ptrdiff_t* segment = segment_;
+  for (int64_t i = 0; i < outer; ++i) {
+    for (int64_t j = 0; j < inner; ++j) {
+      const int64_t ky = ring.planar ? j : i;
+      const int64_t plane = ring.planar ? i : j;
+      const int64_t first = ring.slot_of(iy + ky * args_.dilation_h) + plane * ring.plane;
+      for (int64_t kx = 0; kx < taps; ++kx) *segment++ = first + kx * step;
+    }
+  }
+}
+
+void ConvRows::row(int64_t oy, void* y) {
+  const int64_t first = oy * args_.stride_h - args_.pad_top;
+  rows_.advance_to(first);
   fill_segments(first);
   product_.c = y;
   gemm(kernel_, product_, 0, args_.out_width, 0, div_up(product_.n, kPanel));

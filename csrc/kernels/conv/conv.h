@@ -20,6 +20,8 @@ struct ConvShape {
   bool dilated;  // along the width
   // Every run of K is rounded up to an even length, as products of bfloat16 need; the weights there are zeros.
   bool pairs;
+  // Weights are packed by pack_winograd (kernels/winograd), not by pack_conv.
+  bool winograd = false;
 };
 
 // Strides are in elements. NHWC and planes of 16 channels differ only in x_block and x_pixel, y_panel and y_pixel.
@@ -53,9 +55,10 @@ struct ConvArgs {
   int dilation_w;
   Activation act;
   bool pairs = false;
+  bool winograd = false;
   Stream* stream = nullptr;  // or what to fetch meanwhile
 
-  ConvShape shape() const { return {channels, kernel_h, kernel_w, dilation_w != 1, pairs}; }
+  ConvShape shape() const { return {channels, kernel_h, kernel_w, dilation_w != 1, pairs, winograd}; }
 };
 
 // Few input channels (an image): rows are kept channel by channel and the reduction runs over (c, ky, kx). Else in
@@ -90,35 +93,60 @@ struct ConvRing {
   int64_t length;
 };
 
-// One worker's way down an image.
-class ConvRows {
- public:
-  // `scratch` holds conv_scratch(args) floats. With a `source` its output rows are x; args.x is not read.
-  ConvRows(const GemmKernel& kernel, const ConvArgs& args, float* scratch, ConvRows* source = nullptr);
-  ConvRows(const ConvRows&) = delete;
-  ConvRows& operator=(const ConvRows&) = delete;
+class ConvRows;
 
-  // Output row `oy` to `y`; rows come in ascending order.
-  void row(int64_t oy, void* y);
+// The padded input rows around one worker's way down an image.
+class PaddedRows {
+ public:
+  // `scratch` holds floats() floats. With a `source` its output rows are x; args.x is not read.
+  PaddedRows(const GemmKernel& kernel, const ConvArgs& args, float* scratch, ConvRows* source);
+  PaddedRows(const PaddedRows&) = delete;
+  PaddedRows& operator=(const PaddedRows&) = delete;
+  static int64_t floats(const ConvArgs& args);
+
+  // Input rows [first, first + slots), what lies outside of the image being zeros; `first` never falls.
+  void advance_to(int64_t first);
+  const ConvRing& ring() const { return ring_; }
+  void* data() const { return ring_rows_; }
+  // The padded row of input row `iy`.
+  void* at(int64_t iy) const { return advance(static_cast<void*>(ring_rows_), kernel_.input, ring_.slot_of(iy)); }
 
  private:
   template <class T>
   void fill(int64_t iy, T* row);
   template <class T>
   void copy(int64_t iy, T* row) const;
-  void fill_segments(int64_t iy);
-  // The ring's row of input row `iy`.
-  void* at(int64_t iy) const { return advance(static_cast<void*>(ring_rows_), kernel_.input, ring_.slot_of(iy)); }
 
   const GemmKernel& kernel_;
   const ConvArgs args_;
   const ConvRing ring_;
   float* ring_rows_;
-  ptrdiff_t* segment_;
   float* wide_row_;  // a row of float32 on its way to bfloat16
   ConvRows* source_;
-  GemmArgs product_{};
   int64_t filled_;
+};
+
+// One worker's way down an image.
+class ConvRows {
+ public:
+  // `scratch` holds conv_scratch(args) floats; `source` as for PaddedRows.
+  ConvRows(const GemmKernel& kernel, const ConvArgs& args, float* scratch, ConvRows* source = nullptr);
+
+  static constexpr int64_t kRows = 1;
+  // Output row `oy` to y[0]; rows come in ascending order.
+  void rows(int64_t oy, void* const* y) { row(oy, y[0]); }
+  void row(int64_t oy, void* y);
+  // Writes rows into `ring`, for `channels` channels, from now on.
+  void feed(const ConvRing& ring, int64_t channels);
+
+ private:
+  void fill_segments(int64_t iy);
+
+  const GemmKernel& kernel_;
+  const ConvArgs args_;
+  PaddedRows rows_;
+  ptrdiff_t* segment_;
+  GemmArgs product_{};
 };
 
 // Output rows [row_begin, row_end), all output channels.

@@ -150,7 +150,8 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
 
   int variant = 0;
   for (int v = 1; v < kRowVariants; ++v) {
-    if (tile.a_row == kRowStrides[v]) variant = v;
+    const bool short_segments = kRowStrides[v] != kImageRow || args.segment_length == kernel.image_segment;
+    if (tile.a_row == kRowStrides[v] && short_segments) variant = v;
   }
 
   int64_t panel = panel_begin;

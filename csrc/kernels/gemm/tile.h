@@ -25,6 +25,12 @@ struct Operand<float> {
   static MNV4_INLINE Vec multiply_add(Packed x, Packed w, Vec sum) { return fma(x, w, sum); }
 };
 
+// Taps of a row of an image's 3 x 3 window, an even number where pairs are multiplied.
+template <class In>
+constexpr int image_segment() {
+  return (3 + Operand<In>::kGroup - 1) / Operand<In>::kGroup * Operand<In>::kGroup;
+}
+
 // MR rows by NP panels. Sums run over K in order, one fused multiply-add each, so that every tile shape gives the
 // same bits. With a compiled row stride all rows are displacements of one pointer; else (ROW = 0) one pointer serves
 // three rows, base + {0, 1, 2} * row: x86 can scale an index by 2, and there are registers for them all.
@@ -57,9 +63,7 @@ void gemm_tile(const GemmTile& t) {
       // keeps the compiler from deriving every row's address anew from one base
       asm volatile("" : "+r"(base[i]));
     }
-    // GCC spills accumulators when it unrolls this loop
-#pragma GCC unroll 1
-    for (int64_t k = 0; k < t.segment_length; k += A::kGroup) {
+    const auto multiply = [&]() __attribute__((always_inline)) {
       typename A::Packed w[kVectors];
 #pragma GCC unroll 64
       for (int v = 0; v < kVectors; ++v) {
@@ -78,6 +82,15 @@ void gemm_tile(const GemmTile& t) {
       }
 #pragma GCC unroll 16
       for (int i = 0; i < kBases; ++i) base[i] += A::kGroup;
+    };
+    if constexpr (ROW == kImageRow) {
+      // as many as the loop below would make
+#pragma GCC unroll 4
+      for (int k = 0; k < image_segment<In>(); k += A::kGroup) multiply();
+    } else {
+      // GCC spills accumulators when it unrolls this loop
+#pragma GCC unroll 1
+      for (int64_t k = 0; k < t.segment_length; k += A::kGroup) multiply();
     }
   }
   if (!t.first) {
@@ -176,6 +189,7 @@ constexpr GemmKernel make_gemm_kernel(const char* name) {
   kernel.max_rows = MAX;
   kernel.wide_rows = WIDE;
   kernel.wide_panels = NP;
+  kernel.image_segment = image_segment<In>();
   const auto rows = std::make_integer_sequence<int, MAX>{};
   static_assert(kRowVariants == 4, "one fill for each entry of kRowStrides");
   fill_tiles<In, Out, kRowStrides[0]>(kernel.tile[0], rows);

@@ -1,0 +1,9 @@
+#include "simd/vec_scalar.h"
+
+#include "kernels/winograd/winograd_impl.h"
+
+namespace mnv4 {
+
+extern const WinogradKernels winograd_scalar = {"winograd_scalar", winograd_terms, winograd_rows};
+
+}  // namespace mnv4
