@@ -158,7 +158,8 @@ void gather_taps(const Image& in, const InputNorm& norm, int64_t n, const Geomet
 }
 
 // The gradient of a weight [K][C][kh][kw].
-std::vector<float> weight_of(const Shape& s, const ThroughMoments& result, const InputNorm& norm, const Image& in) {
+Tensor weight_of(const Shape& s, const ThroughMoments& result, const InputNorm& norm, const Image& in,
+                 const Tensor& weight) {
   const Geometry& g = s.g;
   const bool planar = conv_is_planar(s.channels);
   const int64_t out_panels = div_up(s.outputs, kPanel);
@@ -235,18 +236,18 @@ std::vector<float> weight_of(const Shape& s, const ThroughMoments& result, const
       for (int64_t i = begin * per_panel * kTile; i < end * per_panel * kTile; ++i) sum[i] += part[i];
     }
   });
-  std::vector<float> values(static_cast<size_t>(s.outputs * s.channels * s.taps));
+  WeightGradient found(weight);
   for (int64_t o = 0; o < s.outputs; ++o) {
     for (int64_t c = 0; c < s.channels; ++c) {
       for (int64_t tap = 0; tap < s.taps; ++tap) {
         const int64_t lane = planar ? tap * s.channels + c : c;
         const int64_t block = planar ? lane / kPanel : tap * in_panels + c / kPanel;
         const int64_t from = ((o / kPanel * per_panel + block) * kPanel + o % kPanel) * kPanel + lane % kPanel;
-        values[static_cast<size_t>((o * s.channels + c) * s.taps + tap)] = sum[from];
+        found.data()[(o * s.channels + c) * s.taps + tap] = sum[from];
       }
     }
   }
-  return values;
+  return found.finish();
 }
 
 // What the input pixels (phase + stride * i) of one axis see: the taps that reach them, and the result's row or column
@@ -399,7 +400,7 @@ SixTensors bn_act_conv_backward(Tensor grad, OptionalTensor grad_mean, OptionalT
   Tensor none = nothing(x);
   SixTensors found{none, none, none, none, none, none};
   auto& [d_x, d_mean, d_var, d_gamma, d_beta, d_weight] = found;
-  if (need_weight) d_weight = weight_gradient(weight_of(s, result, norm, in).data(), weight);
+  if (need_weight) d_weight = weight_of(s, result, norm, in, weight);
   if (!need_input) return found;
 
   Result dx(x, in.batch, s.channels, in.height, in.width, is_channels_last(x));

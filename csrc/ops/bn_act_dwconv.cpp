@@ -199,14 +199,14 @@ SixTensors bn_act_dwconv_backward(Tensor grad, OptionalTensor grad_mean, Optiona
   }
   if (need_weight) {
     const std::vector<double> joined = join(floats(partial), in.batch, padded * taps);
-    std::vector<float> values(static_cast<size_t>(channels * taps));
+    WeightGradient result_weight(weight);
     for (int64_t c = 0; c < channels; ++c) {
       for (int64_t tap = 0; tap < taps; ++tap) {
         const int64_t from = (c / kPanel * taps + tap) * kPanel + c % kPanel;
-        values[static_cast<size_t>(c * taps + tap)] = static_cast<float>(joined[static_cast<size_t>(from)]);
+        result_weight.data()[c * taps + tap] = static_cast<float>(joined[static_cast<size_t>(from)]);
       }
     }
-    d_weight = weight_gradient(values.data(), weight);
+    d_weight = result_weight.finish();
   }
   return found;
 }

@@ -19,9 +19,31 @@ std::vector<ptrdiff_t> panel_segments(int64_t channels, int64_t rows) {
   return segment;
 }
 
+// What the next chunk of rows reads comes from memory while this one is multiplied.
+class Ahead {
+ public:
+  // `rows` whole rows from `data` on
+  void add(const float* data, ptrdiff_t row, int64_t rows) {
+    const int64_t bytes = row * rows * static_cast<int64_t>(sizeof(float));
+    if (bytes <= 0) return;
+    ranges_[count_++] = {data, bytes};
+    bytes_ += bytes;
+  }
+  // For a product that passes through `passing` bytes of weights.
+  Stream stream(int64_t passing) const {
+    return {ranges_, ranges_ + count_, 1.1 * static_cast<double>(bytes_) / static_cast<double>(passing)};
+  }
+
+ private:
+  Stream::Range ranges_[3];
+  int count_ = 0;
+  int64_t bytes_ = 0;
+};
+
 // rows x n = panels x packed weights, into rows `c_row` floats apart
 void multiply(const float* panels, int64_t k, int64_t rows, const float* packed, const float* zeros, int64_t n,
-              float* c, ptrdiff_t c_row) {
+              float* c, ptrdiff_t c_row, const Ahead& ahead) {
+  const GemmKernel& kernel = gemm_kernel();
   const std::vector<ptrdiff_t> segment = panel_segments(k, rows);
   GemmArgs args{};
   args.a = panels;
@@ -37,7 +59,10 @@ void multiply(const float* panels, int64_t k, int64_t rows, const float* packed,
   args.c_panel = kPanel;
   args.n = n;
   args.act = Activation::kNone;
-  gemm(gemm_kernel(), args, 0, rows, 0, div_up(n, kPanel));
+  const int64_t weights = args.b_panel * div_up(n, kPanel) * static_cast<int64_t>(sizeof(float));
+  Stream stream = ahead.stream(std::max<int64_t>(1, div_up(rows, kernel.max_rows) * weights));
+  args.stream = &stream;
+  gemm(kernel, args, 0, rows, 0, div_up(n, kPanel));
 }
 
 std::tuple<Tensor, Tensor, Tensor> bn_act_pwconv(Tensor x, OptionalTensor mean, OptionalTensor var,
@@ -56,8 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_pwconv(Tensor x, OptionalTensor mean, 
   const std::vector<float> zeros(static_cast<size_t>(round_up(outputs, kPanel)), 0.0f);
 
   const int64_t rows = in.batch * in.pixels();
-  const int64_t step = chunk_rows(round_up(channels, kPanel) + outputs);
-  const int64_t chunks = div_up(rows, step);
+  const auto [step, chunks] = chunks_of(rows, round_up(channels, kPanel) + outputs);
   Moments partial(moments ? chunks : 0, outputs);
   const TrainingKernels& kernels = training_kernels();
   parallel(chunks, [&](int64_t begin, int64_t end) {
@@ -68,7 +92,9 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_pwconv(Tensor x, OptionalTensor mean, 
       kernels.activate(norm.kernel(), in.data + first * in.pixel, in.pixel, count, channels,
                        {floats(buffer), kPanel, count * kPanel, true});
       float* z = out.data() + first * outputs;
-      multiply(floats(buffer), channels, count, floats(packed), zeros.data(), outputs, z, outputs);
+      Ahead ahead;
+      ahead.add(in.data + (first + count) * in.pixel, in.pixel, std::min(step, rows - first - count));
+      multiply(floats(buffer), channels, count, floats(packed), zeros.data(), outputs, z, outputs, ahead);
       round_to(type, z, count * outputs);
       if (moments) kernels.moments(z, outputs, count, outputs, partial.mean(chunk), partial.m2(chunk));
     }
@@ -105,8 +131,7 @@ SixTensors bn_act_pwconv_backward(Tensor grad, OptionalTensor grad_mean, Optiona
   const int64_t in_padded = round_up(channels, kPanel);
   const int64_t out_padded = round_up(outputs, kPanel);
   const int64_t rows = in.batch * in.pixels();
-  const int64_t step = chunk_rows(2 * in_padded + out_padded);
-  const int64_t chunks = div_up(rows, step);
+  const auto [step, chunks] = chunks_of(rows, 2 * in_padded + out_padded);
   const Tensor sums = need_input ? zeroed(std::max<int64_t>(1, chunks * 2 * in_padded)) : scratch(0);
   const int64_t gradient = in_padded * out_padded;
   const int64_t splits = splits_of(chunks, gradient);
@@ -135,7 +160,13 @@ SixTensors bn_act_pwconv_backward(Tensor grad, OptionalTensor grad_mean, Optiona
         }
         if (need_input) {
           float* to = dx->data() + first * channels;
-          multiply(left, outputs, count, floats(packed), zeros.data(), channels, to, channels);
+          Ahead ahead;
+          const int64_t next = std::min(step, rows - first - count);
+          const MomentsGradient coming = result.rows(0, first + count, 0);
+          ahead.add(coming.grad, coming.grad_row, next);
+          if (coming.z) ahead.add(coming.z, coming.z_row, next);
+          ahead.add(in.data + (first + count) * in.pixel, in.pixel, next);
+          multiply(left, outputs, count, floats(packed), zeros.data(), channels, to, channels, ahead);
           kernels.input_gradient(norm.kernel(), to, channels, kPanel, source, in.pixel, count, channels, to, channels,
                                  floats(sums) + chunk * 2 * in_padded);
         }
@@ -150,12 +181,10 @@ SixTensors bn_act_pwconv_backward(Tensor grad, OptionalTensor grad_mean, Optiona
     norm.finish(join(floats(sums), chunks, 2 * in_padded), &d_mean, &d_var, &d_gamma, &d_beta);
     d_x = dx->finish();
   }
-  if (need_weight && splits == 0) {
-    const std::vector<float> values(static_cast<size_t>(outputs * channels), 0.0f);
-    d_weight = weight_gradient(values.data(), weight);
-  } else if (need_weight) {
-    std::vector<float> values(static_cast<size_t>(outputs * channels));
-    parallel(out_padded / kPanel, [&](int64_t begin, int64_t end) {
+  if (need_weight) {
+    WeightGradient result_weight(weight);
+    if (splits == 0) std::fill_n(result_weight.data(), weight.numel(), 0.0f);
+    parallel(splits ? out_padded / kPanel : 0, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
         float* sum = floats(partial) + panel * in_padded * kPanel;
         for (int64_t split = 1; split < splits; ++split) {
@@ -165,12 +194,12 @@ SixTensors bn_act_pwconv_backward(Tensor grad, OptionalTensor grad_mean, Optiona
         for (int64_t o = panel * kPanel; o < std::min(outputs, (panel + 1) * kPanel); ++o) {
           for (int64_t c = 0; c < channels; c += kPanel) {
             const float* row = sum + (c + o % kPanel) * kPanel;
-            std::copy_n(row, std::min<int64_t>(kPanel, channels - c), values.data() + o * channels + c);
+            std::copy_n(row, std::min<int64_t>(kPanel, channels - c), result_weight.data() + o * channels + c);
           }
         }
       }
     });
-    d_weight = weight_gradient(values.data(), weight);
+    d_weight = result_weight.finish();
   }
   return found;
 }

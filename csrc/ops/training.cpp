@@ -206,19 +206,30 @@ void round_to(Storage type, float* values, int64_t n) {
   }
 }
 
-Tensor weight_gradient(const float* values, const Tensor& weight) {
+WeightGradient::WeightGradient(const Tensor& weight) {
   std::vector<int64_t> size;
   for (int64_t i = 0; i < weight.dim(); ++i) size.push_back(weight.size(i));
-  Tensor out = empty_of(size, weight.scalar_type());
-  pointwise_kernels().narrow(values, storage_of(weight, "weight"), out.mutable_data_ptr(), weight.numel());
-  return out;
+  out_ = empty_of(size, weight.scalar_type());
+  type_ = storage_of(weight, "weight");
+  wide_ = type_ == Storage::kFloat32 ? out_ : scratch(weight.numel());
 }
 
-int64_t chunk_rows(int64_t floats_per_row) {
+Tensor WeightGradient::finish() {
+  if (type_ != Storage::kFloat32) {
+    pointwise_kernels().narrow(floats(wide_), type_, out_.mutable_data_ptr(), out_.numel());
+  }
+  return out_;
+}
+
+Chunks chunks_of(int64_t rows, int64_t floats_per_row) {
   const int64_t budget = cpu::cache_sizes().l2 / 2 / static_cast<int64_t>(sizeof(float));
   constexpr int64_t kTileRows = 14;
-  const int64_t tiles = budget / std::max<int64_t>(1, floats_per_row) / kTileRows;
-  return kTileRows * std::clamp<int64_t>(tiles, 2, 16);
+  constexpr int64_t kEven = 4;
+  const int64_t most = std::clamp<int64_t>(budget / std::max<int64_t>(1, floats_per_row) / kTileRows, 2, 16);
+  const int64_t tiles = div_up(rows, kTileRows);
+  const int64_t count = round_up(div_up(tiles, most), kEven);
+  const int64_t step = kTileRows * std::max<int64_t>(2, div_up(tiles, std::max<int64_t>(1, count)));
+  return {step, div_up(rows, step)};
 }
 
 }  // namespace mnv4::ops

@@ -92,11 +92,25 @@ class PlainWeight {
 // Rounds `n` floats to what `type` can hold.
 void round_to(Storage type, float* values, int64_t n);
 
-// `values` [weight's shape] in the weight's dtype, contiguous.
-Tensor weight_gradient(const float* values, const Tensor& weight);
+// The gradient of a weight: computed as contiguous float32, converted by finish() where the weight is of another type.
+class WeightGradient {
+ public:
+  explicit WeightGradient(const Tensor& weight);
+  float* data() { return floats(wide_); }
+  Tensor finish();
 
-// Pixels of a chunk whose `floats_per_row` stay in half of L2: a multiple of 14 or few.
-int64_t chunk_rows(int64_t floats_per_row);
+ private:
+  Tensor out_, wide_;
+  Storage type_;
+};
+
+// `rows` pixels in `count` chunks of `step`, whose `floats_per_row` stay in half of L2. Few chunks are a multiple of
+// four, so that as many workers have equal shares; the shape alone decides.
+struct Chunks {
+  int64_t step;
+  int64_t count;
+};
+Chunks chunks_of(int64_t rows, int64_t floats_per_row);
 
 }  // namespace ops
 }  // namespace mnv4
