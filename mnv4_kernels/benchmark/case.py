@@ -49,39 +49,54 @@ def default_size(model: str) -> int:
 
 
 def create_model(case: Case) -> nn.Module:
-    """`case`'s model in eval mode, float32, random weights and randomised normalisation."""
+    """`case`'s model in eval mode, float32, random weights and normalisation for its input."""
     import timm
 
     torch.manual_seed(case.seed)
-    return randomise(timm.create_model(case.model, pretrained=False), case.seed).eval()
+    model = timm.create_model(case.model, pretrained=False).eval()
+    return randomise(model, create_input(dataclasses.replace(case, batch=1)), case.seed)
 
 
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+def randomise(model: nn.Module, x: torch.Tensor, seed: int = 0) -> nn.Module:
     """Gives BatchNorms and layer scales values that show errors; fresh ones are 0, 1 and 1e-5. In place.
 
+    Statistics are those of `x` on its way through the model, perturbed: with made-up ones
+    activations grow from block to block until attention is a hard choice that any rounding
+    tips, as no trained network does. In float64, so that every process finds the same ones.
+
     Args:
-        model: any module; its BatchNorm statistics and affine parameters and its
-            `gamma` parameters (timm's LayerScale) are overwritten.
+        model: any module in eval mode; its BatchNorm statistics and affine parameters and
+            its `gamma` parameters (timm's LayerScale) are overwritten.
+        x: what `model` takes.
         seed: of the values.
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def fill(tensor: torch.Tensor, low: float, high: float) -> None:
-        tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+    def uniform(like: torch.Tensor, low: float, high: float) -> torch.Tensor:
+        return torch.rand(like.shape, generator=generator, dtype=torch.float64) * (high - low) + low
 
+    def adapt(norm: nn.Module, arguments: tuple[torch.Tensor]) -> None:
+        if isinstance(norm.running_mean, torch.Tensor) and isinstance(norm.running_var, torch.Tensor):
+            # of all channels together: one that is silent for this input would shout for others
+            power = arguments[0].pow(2).mean()
+            norm.running_var.copy_(power * uniform(norm.running_var, 0.5, 1.5))
+            norm.running_mean.copy_(power.sqrt() * uniform(norm.running_mean, -0.3, 0.3))
+
+    handles = []
     with torch.no_grad():
-        for module in model.modules():
+        for module in model.double().modules():
             if isinstance(module, nn.BatchNorm2d):
+                handles.append(module.register_forward_pre_hook(adapt))
                 if module.affine:
-                    fill(module.weight, 0.5, 1.5)
-                    fill(module.bias, -0.2, 0.2)
-                if module.running_mean is not None and module.running_var is not None:
-                    fill(module.running_mean, -0.2, 0.2)
-                    fill(module.running_var, 0.5, 1.5)
+                    module.weight.copy_(uniform(module.weight, 0.5, 1.5))
+                    module.bias.copy_(uniform(module.bias, -0.2, 0.2))
             gamma = getattr(module, "gamma", None)
             if isinstance(gamma, nn.Parameter):
-                fill(gamma, 0.2, 1.0)
-    return model
+                gamma.copy_(uniform(gamma, 0.2, 1.0))
+        model(x.double())
+    for handle in handles:
+        handle.remove()
+    return model.float()
 
 
 def create_input(case: Case) -> torch.Tensor:

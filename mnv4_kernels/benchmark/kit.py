@@ -12,6 +12,9 @@ from .case import Case
 from .runtimes import Foreign
 from .worker import PROGRAM
 
+#: Changes with what `case.create_model` makes of a seed.
+WEIGHTS = "adapted"
+
 CONVERTER = Path(__file__).parent / "foreign" / "converter.py"
 
 
@@ -35,7 +38,8 @@ class Kit:
         else:
             versions = "-".join(f"{name}{device.version(name)}" for name in ("torch", "timm"))
             kind = "-photo" if case.photo else ""
-            self.folder = cache / f"{case.model}-{case.size}px-batch{case.batch}-seed{case.seed}{kind}-{versions}"
+            name = f"{case.model}-{case.size}px-batch{case.batch}-seed{case.seed}{kind}"
+            self.folder = cache / f"{name}-{WEIGHTS}-{versions}"
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> Kit:
