@@ -13,6 +13,8 @@ from mnv4_kernels.benchmark.case import Case
 from mnv4_kernels.benchmark.flops import count_flops
 from mnv4_kernels.benchmark.profile_page import render, roofline, stack
 from mnv4_kernels.benchmark.profiling import Profile, profile
+from mnv4_kernels.benchmark.rival import _by_block
+from mnv4_kernels.benchmark.rounds import Protocol
 from mnv4_kernels.cli import main
 
 timm = pytest.importorskip("timm")
@@ -63,7 +65,46 @@ def test_the_times_of_steps_and_blocks_are_the_same() -> None:
 def test_a_step_of_two_kernels_says_why() -> None:
     fused = [step for step in profiled("conv_small_035", 64).steps if "+" in step.kernel]
     assert fused
-    assert all("reads what was just written" in step.reason for step in fused)
+    assert all(step.reason for step in fused)
+
+
+def test_the_planner_says_why_a_depthwise_is_a_step_of_its_own() -> None:
+    alone = [step for step in profiled("conv_small_035", 64, threads=2).steps if step.kernel == "depthwise"]
+    assert any("panels can't be shared evenly by 2 workers" in step.reason for step in alone)
+
+
+def test_the_planner_says_that_a_batch_takes_turns() -> None:
+    steps = profiled("conv_small_035", 224, batch=8).steps
+    assert any("images at a time stay within L2" in step.reason for step in steps)
+
+
+def test_a_competitors_times_go_to_the_block_that_a_node_belongs_to() -> None:
+    modules = {"relu": "bn1.act", "relu_1": "blocks.0.0.bn1.act", "node_add": "blocks.1.0", "linear": "classifier"}
+    steps = [("relu_nchwc", 1.0), ("relu_1_nchwc", 2.0), ("ReorderOutput_token_7", 4.0), ("node_add/x", 8.0)]
+    steps.append(("linear", 16.0))
+    assert _by_block(steps, modules) == {"stem": 1.0, "blocks.0.0": 6.0, "blocks.1.0": 8.0, "head": 16.0}
+
+
+def test_a_block_that_rides_on_ours_before_it_is_compared_with_both() -> None:
+    found = profiled("conv_small_035", 64)
+    found.rival = {"stem": 1.0, "blocks.0.0": 2.0, "blocks.1.0": 4.0, "head": 8.0}
+    head, rows = found.block_table()
+    theirs = {cells[0]: cells[head.index("onnxruntime us")] for cells in rows}
+    assert "blocks.0.0" not in theirs
+    assert (theirs["stem"], theirs["blocks.1.0"], theirs["(all)"]) == ("3.0", "4.0", "15.0")
+    assert stack(found, 1e4).count("<rect") == len(found.blocks) + 4
+
+
+@pytest.mark.slow
+def test_onnx_runtimes_blocks_are_those_of_the_model() -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    found = profile(Case("mobilenetv4_hybrid_medium_075", 1, 64), repeats=2, protocol=Protocol())
+    assert not found.rival_missing
+    with torch.device("meta"):
+        stages = timm.create_model("mobilenetv4_hybrid_medium_075").blocks
+    blocks = {f"blocks.{i}.{j}" for i, stage in enumerate(stages) for j in range(len(stage))}
+    assert set(found.rival) == {"stem", "head", *blocks}
 
 
 def test_the_page_needs_no_other_file_and_has_a_point_and_a_piece_a_block() -> None:

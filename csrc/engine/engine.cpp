@@ -333,7 +333,7 @@ Engine::Profile Engine::profile(const Shape& shape, const Input& input, int64_t 
     });
   }
   chosen->give_back(std::move(memory));
-  for (const Step& step : chosen->steps()) found.steps.emplace_back(step.node, step.part);
+  for (const Step& step : chosen->steps()) found.steps.push_back({step.node, step.part, step.reason});
   return found;
 }
 

@@ -43,10 +43,15 @@ class Engine {
   void run(const Shape& shape, const Input& input, const std::vector<float*>& outputs, int64_t workers, int64_t tag,
            const ParallelRegion& parallel);
 
-  // Seconds of each step, [repeats][steps], and what each step is: (node, part).
+  // Seconds of each step, [repeats][steps], and what each step is, as in Step.
   struct Profile {
+    struct What {
+      int64_t node;
+      std::string part;
+      std::string reason;
+    };
     std::vector<double> seconds;
-    std::vector<std::pair<int64_t, std::string>> steps;
+    std::vector<What> steps;
   };
   Profile profile(const Shape& shape, const Input& input, int64_t workers, int64_t tag, int64_t repeats,
                   const ParallelRegion& parallel);

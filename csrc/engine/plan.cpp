@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <string>
+#include <utility>
 
 #include "engine/arena.h"
 #include "engine/layout.h"
@@ -19,6 +21,7 @@ struct Group {
   int64_t head = 0;
   int64_t rider = -1;       // depthwise or pool; behind a dense convolution another one
   int64_t projection = -1;  // pointwise, of a dense convolution's rows
+  std::string reason;       // why it runs as it does, where there was a choice
 
   std::vector<int64_t> members() const {
     std::vector<int64_t> found{head};
@@ -94,21 +97,32 @@ class Planner {
   }
 
   void group_nodes() {
-    if (layout_.input_needs_planes()) groups_.push_back({0, -1});
+    if (layout_.input_needs_planes()) groups_.push_back(Group{});
+    std::string alone;  // why the coming node does not ride on the one before
     for (int64_t i = 1; i < layout_.count(); ++i) {
       if (!layout_.needed(i)) continue;
-      Group group{i, -1};
+      Group group{i};
+      group.reason = std::exchange(alone, "");
       const bool followed = i + 1 < layout_.count() && layout_.needed(i + 1) && node(i + 1).input == i;
       if (node(i).what() == Kind::kConv) {
         // Winograd's products make two rows at a time, which no ring asks for
         if (layout_.feeds_conv(i) && !packed_[static_cast<size_t>(i)].winograd) group.rider = ++i;
         if (layout_.feeds_projection(i)) group.projection = ++i;
+        if (group.members().size() > 1) group.reason = "only the next one reads its rows, while they are in L1";
       } else if (followed && node(i).what() == Kind::kPointwise) {
         const Kind next = node(i + 1).what();
         const bool rides = next == Kind::kDepthwise || next == Kind::kPool;
         // a mean rides only on a result that nobody else reads
         const bool kept = next == Kind::kPool && !is_transient({i, i + 1});
-        if (rides && !kept && balanced(chunk(group) * div_up(layout_.shape(i).channels, kPanel))) group.rider = ++i;
+        const int64_t panels = chunk(group) * div_up(layout_.shape(i).channels, kPanel);
+        if (rides && !kept && balanced(panels)) {
+          group.rider = ++i;
+          group.reason = "the rider reads each panel before it leaves the cache";
+        } else if (rides) {
+          alone = kept ? "alone: others read the map, too"
+                       : "alone: " + std::to_string(panels) + " panels can't be shared evenly by " +
+                             std::to_string(plan_.workers_) + " workers";
+        }
       }
       groups_.push_back(group);
     }
@@ -176,7 +190,13 @@ class Planner {
       const int64_t turn = chunk(groups_[begin]);
       for (first_image_ = 0; first_image_ < images_; first_image_ += turn) {
         turn_images_ = std::min(turn, images_ - first_image_);
-        for (size_t g = begin; g < phase_end(begin); ++g) emit(groups_[g], static_cast<int64_t>(g));
+        for (size_t g = begin; g < phase_end(begin); ++g) {
+          reason_ = groups_[g].reason;
+          if (turn < images_) {
+            reason_ += (reason_.empty() ? "" : ", ") + std::to_string(turn) + " images at a time stay within L2";
+          }
+          emit(groups_[g], static_cast<int64_t>(g));
+        }
       }
     }
   }
@@ -186,6 +206,7 @@ class Planner {
     plan_.steps_.emplace_back();
     plan_.steps_.back().node = id;
     plan_.steps_.back().part = part;
+    plan_.steps_.back().reason = reason_;
   }
 
   Depthwise depthwise(int64_t id, const Pads& pads, const Planes& x, const Planes& y, const float* weight,
@@ -452,6 +473,7 @@ class Planner {
   // the turn that is being emitted
   int64_t first_image_ = 0;
   int64_t turn_images_ = 0;
+  std::string reason_;
 };
 
 Plan::Plan(const Program& program, const std::vector<PackedNode>& packed, const Shape& input, int64_t workers,

@@ -10,6 +10,7 @@ namespace mnv4::engine {
 struct Step {
   int64_t node = 0;       // the program's node that it computes, or begins with
   const char* part = "";  // what of it
+  std::string reason;     // why so, where the planner had a choice
   std::vector<std::unique_ptr<Job>> jobs;
   // [job][worker]: first unit of each worker's share, one more entry than workers
   std::vector<std::vector<int64_t>> bounds;

@@ -198,7 +198,7 @@ std::vector<Tensor> program_run(std::string program, Tensor packed, Tensor x, bo
   return run(*programs->find(program, packed, bfloat16), x, tag);
 }
 
-// (seconds [repeats, steps] float64, node of each step [steps] int64, parts of the steps joined by ';')
+// (seconds [repeats, steps] float64, node of each step [steps] int64, "part|reason" of each step joined by ';')
 std::tuple<Tensor, Tensor, std::string> engine_profile(int64_t handle, Tensor x, int64_t tag, int64_t repeats) {
   const std::shared_ptr<engine::Engine> engine = registry().find(handle);
   const Source source(x, *engine);
@@ -211,8 +211,9 @@ std::tuple<Tensor, Tensor, std::string> engine_profile(int64_t handle, Tensor x,
   std::copy(profile.seconds.begin(), profile.seconds.end(), static_cast<double*>(seconds.mutable_data_ptr()));
   std::string parts;
   for (int64_t i = 0; i < steps; ++i) {
-    static_cast<int64_t*>(nodes.mutable_data_ptr())[i] = profile.steps[static_cast<size_t>(i)].first;
-    parts += (i ? ";" : "") + profile.steps[static_cast<size_t>(i)].second;
+    const engine::Engine::Profile::What& what = profile.steps[static_cast<size_t>(i)];
+    static_cast<int64_t*>(nodes.mutable_data_ptr())[i] = what.node;
+    parts += (i ? ";" : "") + what.part + "|" + what.reason;
   }
   return {seconds, nodes, parts};
 }

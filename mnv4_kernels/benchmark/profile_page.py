@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from html import escape
 
+from . import rival
 from .page import STYLE
 from .profiling import Profile
 
@@ -15,12 +16,13 @@ _BAR, _PITCH = 26, 44
 def render(profiles: list[Profile]) -> str:
     """The page, which needs no other file."""
     sections = "\n".join(_section(found) for found in profiles)
-    longest = max(_total(found) for found in profiles)
+    longest = max(max(_total(found), sum(found.rival.values())) for found in profiles)
     bars = "\n".join(f"<h3>{escape(found.case.title)}</h3>\n{stack(found, longest)}" for found in profiles)
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>mnv4_kernels profile</title>"
         f"<style>{STYLE}</style></head><body>\n<h1>Where the time goes</h1>\n"
-        f"<p>Each bar is a network, each piece a block; hold the pointer on one for its name and time.</p>\n{bars}\n"
+        f"<p>Each bar is a network, each piece a block; hold the pointer on one for its name and time. A competitor's "
+        f"times are its own profiler's; the line is the floor.</p>\n{bars}\n"
         f"{sections}</body></html>\n"
     )
 
@@ -45,23 +47,30 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def stack(found: Profile, longest: float) -> str:
-    """An SVG: one bar of the blocks' times, as long as `longest` microseconds at most, and its floor."""
-    scale = (_WIDTH - 110) / longest
+    """SVGs: a bar of the blocks' times, ours and the competitor's; `longest` microseconds fill a line."""
+    scale = (_WIDTH - 210) / longest
+    names = list(dict.fromkeys([*(block.name for block in found.blocks), *found.rival]))
+    floor = scale * sum(found.floor_us(block.flops, block.weight_bytes) for block in found.blocks)
+    mark = f"<line class='floor' x1='{floor:.1f}' x2='{floor:.1f}' y1='0' y2='{_BAR + 8}'/>"
+    ours = {block.name: block.us for block in found.blocks}
+    drawn = _bar("ours", ours, names, scale, mark)
+    return drawn + (_bar(rival.NAME, found.rival, names, scale, mark) if found.rival else "")
+
+
+def _bar(label: str, times: dict[str, float], names: list[str], scale: float, mark: str) -> str:
     parts = [f"<svg role='img' viewBox='0 0 {_WIDTH} {_PITCH}' width='100%'>"]
     left = 0.0
-    for index, block in enumerate(found.blocks):
-        width = block.us * scale
-        # neighbours differ in hue: the golden angle never repeats
-        color = f"hsl({index * 137.5 % 360:.0f} 55% 60%)"
+    for name, us in times.items():
+        width = us * scale
+        # a block has its colour in every bar; neighbours differ in hue: the golden angle never repeats
+        color = f"hsl({names.index(name) * 137.5 % 360:.0f} 55% 60%)"
         parts.append(
             f"<rect x='{left:.2f}' y='4' width='{width:.2f}' height='{_BAR}' fill='{color}'>"
-            f"<title>{escape(block.name)}: {block.us:.1f} us</title></rect>"
+            f"<title>{escape(label)}, {escape(name)}: {us:.1f} us</title></rect>"
         )
         left += width
-    floor = scale * sum(found.floor_us(block.flops, block.weight_bytes) for block in found.blocks)
-    parts.append(f"<line class='floor' x1='{floor:.1f}' x2='{floor:.1f}' y1='0' y2='{_BAR + 8}'/>")
-    parts.append(f"<text x='{left + 6:.1f}' y='22'>{_total(found) / 1e3:.2f} ms</text></svg>")
-    return "".join(parts)
+    total = sum(times.values()) / 1e3
+    return "".join([*parts, mark, f"<text x='{left + 6:.1f}' y='22'>{escape(label)} {total:.2f} ms</text></svg>"])
 
 
 def roofline(found: Profile) -> str:

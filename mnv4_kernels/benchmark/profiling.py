@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 
@@ -13,9 +14,10 @@ from ..engine.network import ProgramPart
 from ..modules.program import RESULT
 from ..ops.engine import engine_profile
 from ..ops.engine.programs import Program, Shape, program_of
-from ..ops.prepack import PANEL
+from . import rival
 from .case import DTYPES, Case, create_input, create_model
 from .ceilings import Ceilings, measure_ceilings
+from .rounds import Protocol
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,10 @@ class Profile:
     steps: list[StepTime]
     blocks: list[BlockTime]
     ceilings: Ceilings
+    #: microseconds of each block in the competitor that tells them
+    rival: dict[str, float] = field(default_factory=dict)
+    #: why there are none
+    rival_missing: str = ""
 
     def floor_us(self, flops: int, weight_bytes: int = 0) -> float:
         """Microseconds below which nothing can do this many operations and read these weights."""
@@ -68,8 +74,9 @@ class Profile:
         return (
             f"{self.images} image{'s' if self.images > 1 else ''}, tier {self.tier}; peak {self.ceilings.gflops:.0f} "
             f"GFLOP/s ({self.ceilings.source}), {self.ceilings.gbytes:.0f} GB/s. A step's time includes the wait at "
-            "its barrier; what rides on a step is counted with it, also where it belongs to the next block."
-        )
+            "its barrier; what rides on a step is counted with it, also where it belongs to the next block. "
+            + (f"No times of a competitor: {self.rival_missing}." if self.rival_missing else "")
+        ).strip()
 
     def step_table(self) -> tuple[list[str], list[list[str]]]:
         """Column heads and cells, a row a step."""
@@ -90,6 +97,8 @@ class Profile:
     def block_table(self) -> tuple[list[str], list[list[str]]]:
         """Column heads and cells, a row a block, and the whole."""
         head = ["block", "us", "of all", "MFLOP", "KB", "floor us", "of floor"]
+        if self.rival:
+            head += [f"{rival.NAME} us", "ours"]
         total = sum(block.us for block in self.blocks)
         floors = [self.floor_us(block.flops, block.weight_bytes) for block in self.blocks]
         rows = [
@@ -97,7 +106,21 @@ class Profile:
             for block, floor in zip(self.blocks, floors, strict=True)
         ]
         flops, moved = (sum(values) for values in zip(*((one.flops, one.bytes) for one in self.blocks), strict=True))
-        return head, [*rows, self._block_cells("(all)", total, total, flops, moved, sum(floors))]
+        rows.append(self._block_cells("(all)", total, total, flops, moved, sum(floors)))
+        if self.rival:
+            theirs = [*self._rival_blocks(), sum(self.rival.values())]
+            for cells, ours, us in zip(rows, [*(block.us for block in self.blocks), total], theirs, strict=True):
+                cells += [f"{us:.1f}", f"{us / ours:.2f}x"] if us else ["", ""]
+        return head, rows
+
+    def _rival_blocks(self) -> list[float]:
+        """The competitor's times for `blocks`; a block that rides on ours before it is counted there here, too."""
+        found = dict.fromkeys((block.name for block in self.blocks), 0.0)
+        name = next(iter(found))
+        for rival_name, us in self.rival.items():
+            name = rival_name if rival_name in found else name
+            found[name] += us
+        return list(found.values())
 
     def _block_cells(self, name: str, us: float, total: float, flops: int, moved: int, floor: float) -> list[str]:
         share = f"{floor / us:.0%}" if flops else ""
@@ -112,24 +135,35 @@ class Profile:
         ]
 
 
-def profile(case: Case, repeats: int = 50) -> Profile:
-    """Profiles `case`'s optimized network; a step's time includes the wait at its barrier.
+def profile(
+    case: Case,
+    repeats: int = 50,
+    protocol: Protocol | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Profile:
+    """Profiles `case`'s optimized network, and a competitor's; a step's time includes the wait at its barrier.
 
     Args:
         case: model, input, dtype and threads.
         repeats: runs of which the medians are taken.
+        protocol: the folders of the competitor's environment and file; None: no competitor.
+        progress: called with what is being done.
 
     Raises:
         OptimizeError: the C++ library is missing, or a piece has no place in a program.
     """
     case = case.resolved()
+    theirs, missing = rival.block_times(case, protocol, repeats, progress) if protocol else ({}, "")
     torch.set_num_threads(case.threads)
     dtype = DTYPES[case.dtype]
+    progress(f"{case.title}: profile of ours")
     with torch.no_grad():
         network = optimize(create_model(case), dtype, strict=True)
         x = create_input(case).to(dtype)
         network(x)
-        return _profile(case, network, x, repeats)
+        found = _profile(case, network, x, repeats)
+    found.rival, found.rival_missing = theirs, missing
+    return found
 
 
 def _profile(case: Case, network: OptimizedNetwork, x: torch.Tensor, repeats: int) -> Profile:
@@ -138,22 +172,25 @@ def _profile(case: Case, network: OptimizedNetwork, x: torch.Tensor, repeats: in
     program = program_of(part._handle)
     seconds, nodes, kernels = engine_profile(part._handle, x, RESULT, repeats)
     times: dict[int, dict[str, float]] = {}
-    for node, kernel, us in zip(
+    reasons: dict[tuple[int, str], str] = {}
+    for node, what, us in zip(
         nodes.tolist(), kernels.split(";"), (seconds.median(0).values * 1e6).tolist(), strict=True
     ):
         # a step that runs in several turns of images is there once a turn
         phases = times.setdefault(node, {})
+        kernel, _, reason = what.partition("|")
+        reasons[node, kernel] = reason
         phases[kernel] = phases.get(kernel, 0.0) + us
     # the engine takes so many images at a time; the first such part is what was profiled
     images = min(x.shape[0], native.module().engine_most_images())
-    reader = _Reader(program, part, (images, *x.shape[1:]), set(times), case.threads)
+    reader = _Reader(program, part, (images, *x.shape[1:]), set(times))
     steps: list[StepTime] = []
     blocks: dict[str, list[int]] = {}
     for node, phases in times.items():
         for kernel, us in phases.items():
             # attention's phases share one node, whose operations are not told apart
             flops = reader.flops(node) if len(phases) == 1 else 0
-            steps.append(StepTime(reader.block(node), kernel, reader.shape(node), flops, us, reader.reason(node)))
+            steps.append(StepTime(reader.block(node), kernel, reader.shape(node), flops, us, reasons[node, kernel]))
         blocks.setdefault(reader.block(node), []).append(node)
     itemsize = DTYPES[case.dtype].itemsize
     found = [
@@ -173,13 +210,12 @@ def _profile(case: Case, network: OptimizedNetwork, x: torch.Tensor, repeats: in
 class _Reader:
     """What a program's rows say of the nodes that have a step of their own, `stepped`."""
 
-    def __init__(self, program: Program, part: ProgramPart, x: Shape, stepped: set[int], workers: int) -> None:
+    def __init__(self, program: Program, part: ProgramPart, x: Shape, stepped: set[int]) -> None:
         self._rows = program.rows
         self._kinds = [program.kinds[row["kind"]] for row in program.rows]
         self._shapes = program.shapes(x)
         self._names = part.names
         self._arrays = part.arrays
-        self._workers = workers
         #: node -> the nodes that its step computes: itself, what reads its result at once, and so on
         self._members = {node: [node] for node in stepped}
         step_of = {node: node for node in stepped}
@@ -245,16 +281,3 @@ class _Reader:
             row["input"] for node, row in enumerate(self._rows) if node not in members and row["input"] in members
         }
         return sum(math.prod(self._shapes[node]) for node in sources | leaving)
-
-    def reason(self, node: int) -> str:
-        """Why the step is as it is; "" where the planner has no choice."""
-        kind, source = self._kinds[node], self._rows[node]["input"]
-        if len(self._members[node]) > 1:
-            rider = self._kinds[self._members[node][1]]
-            return f"the {rider} reads what was just written, before it leaves the cache"
-        if kind not in ("depthwise", "pool"):
-            return ""
-        if self._kinds[source] != "pointwise":
-            return f"alone: what is before it is {self._kinds[source]}, not a 1x1 product"
-        panels = -(-self._shapes[source][1] // PANEL)
-        return f"alone: {panels} panels can't be shared evenly by {self._workers} workers, or others read them"

@@ -62,7 +62,7 @@ def main(arguments: argparse.Namespace) -> int:
     protocol = Protocol(arguments.rounds, arguments.seconds, arguments.environments, arguments.cache)
     runtimes = select(arguments.runtimes)
     if arguments.profile:
-        return _profile(arguments)
+        return _profile(arguments, protocol)
     if arguments.prepare:
         return _prepare(arguments, protocol)
     report = Report.read(file) if arguments.resume and file and file.exists() else Report([], provenance())
@@ -114,11 +114,14 @@ def _prepare(arguments: argparse.Namespace, protocol: object) -> int:
     return int(failed)
 
 
-def _profile(arguments: argparse.Namespace) -> int:
+def _profile(arguments: argparse.Namespace, protocol: object) -> int:
     from ..benchmark import markdown, profile_page
     from ..benchmark.profiling import profile
+    from ..benchmark.rounds import Protocol
 
-    profiles = [profile(case) for case in cases_of(arguments)]
+    assert isinstance(protocol, Protocol)
+    with progress() as show:
+        profiles = [profile(case, protocol=protocol, progress=show) for case in cases_of(arguments)]
     for found in profiles:
         print(f"\n{table(f'{found.case.title}: steps', *found.step_table())}")
         print(f"\n{table(f'{found.case.title}: blocks', *found.block_table())}")

@@ -6,6 +6,8 @@ which format.
 
 from __future__ import annotations
 
+import ast
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,10 +39,25 @@ def to_litert(program: ExportedProgram, path: Path) -> None:
     litert_torch.convert(program.module(), arguments).export(str(path))
 
 
+def to_modules(program: ExportedProgram, path: Path) -> None:
+    """JSON: the module that each node of the ONNX file beside `path`, and each result of a node, comes from."""
+    import onnx
+
+    found: dict[str, str] = {}
+    for node in onnx.load(path.with_name("model.onnx"), load_external_data=False).graph.node:
+        for entry in node.metadata_props:
+            if entry.key == "pkg.torch.onnx.name_scopes":
+                # from the model down to the call itself
+                *_, module, _ = ast.literal_eval(entry.value)
+                found |= dict.fromkeys((node.name, *node.output), module)
+    path.write_text(json.dumps(found))
+
+
 FORMATS: dict[str, Callable[[ExportedProgram, Path], None]] = {
     ".onnx": to_onnx,
     ".pte": to_executorch,
     ".tflite": to_litert,
+    ".json": to_modules,
 }
 
 

@@ -14,6 +14,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -148,6 +149,28 @@ def _onnxruntime(path: str, x: np.ndarray, threads: int, dtype: str, start: Call
     return lambda: session.run(None, feed)[0]
 
 
+def onnxruntime_steps(path: str, x: np.ndarray, threads: int, repeats: int) -> list[tuple[str, float]]:
+    """Each node's name and the median of its microseconds, in order of execution."""
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(folder) / "profile")
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        feed = {session.get_inputs()[0].name: x}
+        for _ in range(repeats):
+            session.run(None, feed)
+        events = json.loads(Path(session.end_profiling()).read_text())
+    times: dict[str, list[float]] = {}
+    for event in events:
+        name = event["name"]
+        if event.get("cat") == "Node" and name.endswith("_kernel_time"):
+            times.setdefault(name.removesuffix("_kernel_time"), []).append(event["dur"])
+    return [(name, statistics.median(values)) for name, values in times.items()]
+
+
 def _openvino(path: str, x: np.ndarray, threads: int, dtype: str, start: Callable[[], None]) -> Play:
     import openvino
 
@@ -216,7 +239,13 @@ def main() -> None:
         answer = {**check(play(), folder), "version": importlib.metadata.version(distribution)}
         return {**answer, **turns.built(play)}
 
-    serve({"build": build, "time": lambda job: turns.turn(job["seconds"])})
+    def profile(job: dict[str, Any]) -> Answer:
+        folder = Path(job["folder"])
+        x = np.load(folder / "x.npy")
+        path = str(folder / job["file"])
+        return {"steps": onnxruntime_steps(path, x, job["case"]["threads"], job["repeats"])}
+
+    serve({"profile": profile, "build": build, "time": lambda job: turns.turn(job["seconds"])})
 
 
 if __name__ == "__main__":
