@@ -1,8 +1,9 @@
-"""Runs every op of an installed wheel in every tier against its reference; torch only, no timm."""
+"""Runs every op of an installed wheel in every tier against its reference, and its backend; torch only, no timm."""
 
 from __future__ import annotations
 
 import torch
+import torch._inductor.utils
 
 from mnv4_kernels.backends import native
 from mnv4_kernels.environment import OPS
@@ -33,6 +34,17 @@ def cases() -> dict[str, list[torch.Tensor | object]]:
     }
 
 
+def check_backend() -> None:
+    """torch.compile finds the backend by its name, in the metadata of what is installed."""
+    layers = [(torch.nn.Conv2d(8, 8, 1), torch.nn.BatchNorm2d(8), torch.nn.ReLU6()) for _ in range(3)]
+    model, x = torch.nn.Sequential(*(module for layer in layers for module in layer)).eval(), torch.randn(2, 8, 6, 7)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="mnv4_kernels")
+        result, (code,) = torch._inductor.utils.run_and_get_code(compiled, x)
+        torch.testing.assert_close(result, model(x), rtol=1e-4, atol=1e-4)
+    assert "torch.ops.mnv4_kernels.subnetwork" in code
+
+
 def main() -> None:
     """Raises on the first difference."""
     assert native.available(), native.reasons()
@@ -43,6 +55,7 @@ def main() -> None:
                 assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mnv4_kernels::{name}", "CPU"), name
                 result = getattr(torch.ops.mnv4_kernels, name)(*arguments)
                 torch.testing.assert_close(result, REFERENCES[name](*arguments), rtol=1e-4, atol=1e-4)
+    check_backend()
     print(f"torch {torch.__version__}: {len(cases())} ops agree in {', '.join(tiers())}")
 
 

@@ -27,6 +27,7 @@ LEVELS = (
     ("__init__",),
     ("engine",),
     ("patching",),
+    ("compiler",),
     ("modules",),
     ("testing",),
     ("functional", "_arguments"),

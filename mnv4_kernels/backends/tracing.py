@@ -20,6 +20,13 @@ def constant_in_graphs(function: Function) -> Function:
     return function
 
 
+@constant_in_graphs
+def exporting_onnx() -> bool:
+    """True while torch.onnx.export asks for a graph."""
+    onnx: Any = sys.modules.get("torch.onnx")
+    return onnx is not None and bool(onnx.is_in_onnx_export())
+
+
 def edited_in_graph(tensors: Iterable[torch.Tensor], holders: Iterable[object]) -> bool:
     """True if the graph that torch.compile is making writes to one of `tensors`, or to one of the `holders`.
 

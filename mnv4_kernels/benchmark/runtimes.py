@@ -97,6 +97,13 @@ def _patched_compile(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> R
     return _compile(model, x, dtype)
 
 
+def _backend(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> Run:
+    from ..compiler import backend
+
+    compiled, x = torch.compile(model.to(dtype), backend=backend), x.to(dtype)
+    return lambda: compiled(x)
+
+
 def _optimized(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> Run:
     import mnv4_kernels
 
@@ -119,6 +126,7 @@ RUNTIMES = (
     Runtime("litert", Foreign("model.tflite", environments.LITERT, environments.LITERT), _F32),
     Runtime("ours patched", _patched, ours=True),
     Runtime("ours patched, compiled", _patched_compile, ours=True, imports=_INDUCTOR),
+    Runtime("ours backend", _backend, ours=True, imports=_INDUCTOR),
     Runtime("ours optimized", _optimized, ours=True),
 )
 

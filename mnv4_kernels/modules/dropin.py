@@ -8,12 +8,13 @@ running as a whole still leaves its pieces their kernels.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from ..backends.tracing import constant_in_graphs, edited_in_graph
+from ..backends.tracing import constant_in_graphs, edited_in_graph, exporting_onnx
 from ..environment import Switches
 from ..ops.layout import memory_format_of
 from ..ops.piece import piece, remember
@@ -34,6 +35,7 @@ NUMBER = "_mnv4_number"
 HEADS = "train mode: timm's modules, a head is a few products of single pixels"
 COMPILING_TRAINING = "torch.compile and torch.export in train mode trace timm's own path"
 COMPILING_GRADIENTS = "torch.compile with gradients enabled: the ops' graphs are made under torch.no_grad()"
+ONNX = "torch.onnx.export: ONNX has no such ops, timm's own path is exported"
 TRACING = "torch.jit traces timm's own path"
 TRANSFORMED = "inside a torch.func transform or forward-mode AD"
 AUTOCAST = "under autocast, whose rounding timm's own path keeps"
@@ -203,6 +205,9 @@ def refresh(model: nn.Module) -> None:
 def _traced_obstacle(x: Any) -> str:
     """Why a graph of torch.compile gets timm's own path for the input `x`; empty: it need not."""
     if torch.compiler.is_exporting():
+        if exporting_onnx():
+            _say_onnx()
+            return ONNX
         plain = x.dim() == 4 and x.is_cpu and x.dtype in leaves.DTYPES
         return AUTOCAST if torch.is_autocast_enabled("cpu") else "" if plain else _input_obstacle(x)
     # parameters are no inputs of the op: nothing would tell that they require gradients
@@ -211,6 +216,12 @@ def _traced_obstacle(x: Any) -> str:
     if torch.is_autocast_enabled("cpu"):
         return AUTOCAST
     return TRANSFORMED if _transformed() else _input_obstacle(x)
+
+
+@constant_in_graphs
+def _say_onnx() -> None:
+    # said once an export by Python's filter: every block comes by
+    warnings.warn(f"mnv4_kernels: {ONNX}, as from the unpatched model", stacklevel=2)
 
 
 @constant_in_graphs

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..backends import native
-from ..backends.tracing import constant_in_graphs
-from ..ops.activation import ACTIVATIONS
+from ..ops.engine.rows import act_code, fields, pad_mode, row
 from . import folding, leaves
 from .head import Head
 from .multi_query import MultiQuery
@@ -28,22 +25,6 @@ _BLUR_PADDING = {"reflect": "reflect", "constant": "explicit"}
 
 class UnsupportedError(Exception):
     """A piece that the engine has no node for; the text says which and why."""
-
-
-@constant_in_graphs
-def fields() -> tuple[str, ...]:
-    """The columns of a program's rows, as the C++ side has them."""
-    return _names("engine_fields")
-
-
-@constant_in_graphs
-def _code(table: str, name: str) -> int:
-    return _names(table).index(name)
-
-
-@functools.cache
-def _names(table: str) -> tuple[str, ...]:
-    return tuple(getattr(native.module(), table)())
 
 
 class ProgramBuilder:
@@ -66,9 +47,7 @@ class ProgramBuilder:
         return self._dtype == torch.bfloat16
 
     def _add(self, kind: str, source: int, **values: int) -> int:
-        known = {"kind": _code("engine_kinds", kind), "input": source, "residual": -1, "weight": len(self.arrays)}
-        row = {**known, "stride_h": 1, "stride_w": 1, "dilation_h": 1, "dilation_w": 1, **values}
-        self.rows.append([row.get(field, 0) for field in fields()])
+        self.rows.append(row(kind, source, len(self.arrays), **values))
         return len(self.rows) - 1
 
     def _weight(self, weight: torch.Tensor) -> torch.Tensor:
@@ -88,7 +67,7 @@ class ProgramBuilder:
             "pad_bottom": bottom,
             "pad_left": left,
             "pad_right": right,
-            "pad_mode": _code("engine_pad_modes", "same" if padding is None else "explicit"),
+            "pad_mode": pad_mode("same" if padding is None else "explicit"),
         }
 
     def output(self, source: int, tag: int) -> int:
@@ -130,7 +109,7 @@ class ProgramBuilder:
             source,
             residual=residual,
             channels=conv.out_channels,
-            act=_act(step.act_name),
+            act=act_code(step.act_name),
             **self._geometry(conv),
         )
         weight = folding._scaled(conv.weight.detach().double(), scale)
@@ -142,7 +121,7 @@ class ProgramBuilder:
         node = self._add("pool", source, channels=channels)
         conv = head.expand.conv
         scale, shift = folding.epilogue_of(conv, head.expand.norm, None)
-        node = self._add("linear", node, channels=conv.out_channels, act=_act(head.expand.act_name))
+        node = self._add("linear", node, channels=conv.out_channels, act=act_code(head.expand.act_name))
         weight = folding._scaled(conv.weight.detach().double(), scale)
         self.arrays += [self._weight(weight), self._vector(shift, conv.out_channels)]
         linear = head.classifier
@@ -212,7 +191,7 @@ class ProgramBuilder:
             "depthwise",
             source,
             channels=channels,
-            pad_mode=_code("engine_pad_modes", mode),
+            pad_mode=pad_mode(mode),
             **_pairs("kernel", kernel),
             **_pairs("stride", stride),
             **dict(zip(names, pads, strict=True)),
@@ -223,10 +202,6 @@ class ProgramBuilder:
     def finish(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """(program [nodes, fields] int64, arrays float32)."""
         return torch.tensor(self.rows, dtype=torch.int64), self.arrays
-
-
-def _act(name: str) -> int:
-    return list(ACTIVATIONS).index(name)
 
 
 def _pair(value: Any) -> tuple[int, int]:

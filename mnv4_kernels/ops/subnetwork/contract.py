@@ -1,0 +1,84 @@
+"""Schema, fake and dispatch of `subnetwork`, which runs an engine that it keeps as long as the parameters stay.
+
+It has no reference: without the C++ library there is no engine, and then nobody puts it into a graph.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .._contract import LIBRARY, NAMESPACE
+from ..engine import Engine, engine_run
+from ..engine.programs import decoded
+from ..layout import memory_format_of
+from . import recipe as recipes
+
+# flexible_layout: it takes x as it lies, see `piece`
+LIBRARY.define(
+    "subnetwork(Tensor x, Tensor[] tensors, str program, str recipe) -> Tensor[]", tags=(torch.Tag.flexible_layout,)
+)
+
+
+class _Made(NamedTuple):
+    engine: Engine
+    versions: list[int]
+    pointers: list[int]
+    #: keeps the storages, so that no other can come to lie at the same address
+    anchors: list[torch.Tensor]
+
+
+#: a graph's first weight -> (program, recipe) -> what was made of it and the others
+_ENGINES = WeakIdKeyDictionary()
+
+
+def _run(x: torch.Tensor, tensors: list[torch.Tensor], program: str, recipe: str) -> list[torch.Tensor]:
+    # held here: another thread may put a newer one into its place
+    engine = _engine(tensors, program, recipe)
+    results = engine_run(engine.handle, x, 0)
+    return [_like(y, x) for y in results]
+
+
+def _engine(tensors: list[torch.Tensor], program: str, recipe: str) -> Engine:
+    if any(tensor.is_inference() for tensor in tensors):
+        # no version counters: an edit would leave no trace
+        return _made(tensors, program, recipe)
+    versions = [tensor._version for tensor in tensors]
+    pointers = [tensor.data_ptr() for tensor in tensors]
+    known: dict[tuple[str, str], _Made] = _ENGINES.setdefault(tensors[0], {})
+    found = known.get((program, recipe))
+    if found is None or found.versions != versions or found.pointers != pointers:
+        engine = _made(tensors, program, recipe)
+        found = known[program, recipe] = _Made(engine, versions, pointers, [tensor.detach() for tensor in tensors])
+    return found.engine
+
+
+def _made(tensors: list[torch.Tensor], program: str, recipe: str) -> Engine:
+    rows = torch.tensor([[int(value) for value in row.split(" ")] for row in program.split(";")])
+    with torch.no_grad():
+        arrays = recipes.arrays_of(_decoded(recipe), tensors)
+    return Engine(rows, arrays, tensors[0].dtype == torch.bfloat16)
+
+
+@functools.lru_cache(maxsize=64)
+def _decoded(recipe: str) -> list[recipes.Fold | recipes.Mean]:
+    return recipes.decode(recipe)
+
+
+def _fake(x: torch.Tensor, tensors: list[torch.Tensor], program: str, recipe: str) -> list[torch.Tensor]:
+    shapes = decoded(program).output_shapes(tuple(x.shape), 0)
+    return [_like(x.new_empty(shape, dtype=torch.float32), x) for shape in shapes]
+
+
+def _like(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`y` in `x`'s dtype, a map also in its memory format."""
+    return y.to(x.dtype, memory_format=memory_format_of(x)) if y.dim() == 4 else y.to(x.dtype)
+
+
+LIBRARY.impl("subnetwork", _run, "CompositeExplicitAutograd")
+torch.library.register_fake(f"{NAMESPACE}::subnetwork", _fake, lib=LIBRARY)
+
+subnetwork = getattr(torch.ops, NAMESPACE).subnetwork.default
