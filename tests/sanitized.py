@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
+from training import CALLS, op_of, results_and_gradients
 
 import mnv4_kernels as mk
 from mnv4_kernels.backends import native
@@ -22,6 +23,14 @@ def exercise_ops() -> None:
     for case in CASES:
         for layout in ("contiguous", "sliced_channels_last"):
             getattr(torch.ops.mnv4_kernels, case.op)(*case.arguments(layout=layout))
+
+
+def exercise_training() -> None:
+    """Each training op forward and backward, in two layouts."""
+    for call in CALLS:
+        for layout in ("contiguous", "sliced_channels_last"):
+            with torch.enable_grad():
+                results_and_gradients(op_of(call), call.arguments(layout=layout))
 
 
 def exercise_network(model: nn.Module, shapes: list[tuple[int, ...]]) -> None:
@@ -55,6 +64,7 @@ def main() -> None:
         for tier in tiers():
             with forced_tier(tier):
                 exercise_ops()
+                exercise_training()
                 for model in models:
                     exercise_network(model, [(1, 3, 64, 64), (2, 3, 47, 33), (0, 3, 32, 32)])
             print(f"{tier}: clean", flush=True)

@@ -194,6 +194,17 @@ class TestHabits:
             model(images())
         assert seen
 
+    def test_the_heads_convolution_has_its_op_unless_someone_looks_at_it(self) -> None:
+        model = smooth()
+        mk.patch(model)
+        x = model.forward_features(images(4, 3, 64, 64)).detach()
+        assert ops_called(lambda: model.forward_head(x)) == ["bn_act_pwconv", "bn_act"]
+        assert ops_called(lambda: model.forward_head(x, pre_logits=True)) == ["bn_act_pwconv", "bn_act"]
+        seen: list[int] = []
+        model.norm_head.register_forward_hook(lambda *_: seen.append(1))
+        assert ops_called(lambda: model.forward_head(x)) == []
+        assert seen
+
     def test_a_hook_on_a_block_gets_its_whole_result(self) -> None:
         model = smooth()
         seen: list[torch.Tensor] = []

@@ -20,7 +20,7 @@ from training import (
 
 from mnv4_kernels.ops.activation import ACTIVATIONS
 from mnv4_kernels.ops.layout import is_channels_last
-from mnv4_kernels.testing import LAYOUTS
+from mnv4_kernels.testing import LAYOUTS, forced_tier, tiers
 
 SMALL = (
     Training("bn_act_dwconv", 5, (6, 5), stride=2, padding=(1, 1, 0, 1), act="silu"),
@@ -94,6 +94,15 @@ class TestAgainstFloat64:
         baseline = results_and_gradients(plain(call), arguments)
         exact = results_and_gradients(plain(call), widened(arguments))
         assert_as_exact_as(ours, baseline, exact)
+
+    @pytest.mark.parametrize("call", CALLS, ids=str)
+    def test_so_they_are_on_every_instruction_set(self, call: Training) -> None:
+        arguments = call.arguments(layout="channels_last")
+        baseline = results_and_gradients(plain(call), arguments)
+        exact = results_and_gradients(plain(call), widened(arguments))
+        for tier in tiers():
+            with forced_tier(tier):
+                assert_as_exact_as(results_and_gradients(op_of(call), arguments), baseline, exact)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("call", CALLS[::3], ids=str)

@@ -119,39 +119,49 @@ struct Planes {
 };
 
 template <class F>
-void fill_planes(const Planes& p, int64_t begin, int64_t height, int64_t width, float* to, const F& row_of) {
+void fill_planes(const Planes& p, int64_t begin, int64_t height, int64_t panels, float* to, const F& row_of) {
+  std::fill_n(to, panels * p.plane(), 0.0f);
   for (int64_t row = 0; row < p.rows; ++row) {
     const int64_t y = begin + row;
     if (y >= 0 && y < height) row_of(y, Target{to + (row * p.width + p.left) * kPanel, kPanel, p.plane(), true});
   }
-  (void)width;
 }
 
-// The weight gradient's right-hand side for few channels: [panel of (ky, kx, c)][pixels][16].
+// The weight gradient's right-hand side for few channels: [pixels][lanes], a lane for each (ky, kx, c). Only the
+// border of `padded` is zero, and stays so.
 void gather_taps(const Image& in, const InputNorm& norm, int64_t n, const Geometry& g, int64_t first, int64_t rows,
-                 float* padded, int64_t padded_width, float* to) {
+                 float* padded, int64_t padded_width, float* to, int64_t lanes) {
+  const TrainingKernels& kernels = training_kernels();
   const int64_t channels = in.channels;
   const int64_t rows_in = (rows - 1) * g.stride_h + static_cast<int64_t>(g.kernel_h - 1) * g.dilation_h + 1;
-  std::fill_n(padded, rows_in * padded_width * channels, 0.0f);
   for (int64_t row = 0; row < rows_in; ++row) {
     const int64_t y = first * g.stride_h - g.pad_top + row;
-    if (y < 0 || y >= in.height) continue;
-    const float* from = in.data + n * in.n_stride + y * in.row;
     float* line = padded + (row * padded_width + g.pad_left) * channels;
-    training_kernels().activate(norm.kernel(), from, in.pixel, in.width, channels,
-                                {line, static_cast<ptrdiff_t>(channels), kPanel, false});
+    const float* from = in.data + n * in.n_stride + y * in.row;
+    if (y < 0 || y >= in.height) {
+      std::fill_n(line, in.width * channels, 0.0f);
+    } else if (norm.is_identity() && in.pixel == channels) {
+      std::copy_n(from, in.width * channels, line);
+    } else {
+      kernels.activate(norm.kernel(), from, in.pixel, in.width, channels,
+                       {line, static_cast<ptrdiff_t>(channels), kPanel, false});
+    }
   }
-  const int64_t pixels = rows * g.out_width;
-  for (int64_t p = 0; p < pixels; ++p) {
-    const int64_t y = p / g.out_width * g.stride_h;
-    const int64_t x = p % g.out_width * g.stride_w;
-    int64_t lane = 0;
+  // taps side by side are adjacent in a line, unless they are apart
+  const int64_t run = g.dilation_w == 1 ? g.kernel_w : 1;
+  for (int64_t row = 0; row < rows; ++row) {
+    float* target = to + row * g.out_width * lanes;
     for (int ky = 0; ky < g.kernel_h; ++ky) {
-      for (int kx = 0; kx < g.kernel_w; ++kx) {
-        const float* from = padded + ((y + ky * g.dilation_h) * padded_width + x + kx * g.dilation_w) * channels;
-        for (int64_t c = 0; c < channels; ++c, ++lane) {
-          to[(lane / kPanel * pixels + p) * kPanel + lane % kPanel] = from[c];
-        }
+      const float* line = padded + (row * g.stride_h + ky * g.dilation_h) * padded_width * channels;
+      for (int64_t kx = 0; kx < g.kernel_w; kx += run, target += run * channels) {
+        const MomentsGradient copy{line + kx * g.dilation_w * channels,
+                                   static_cast<ptrdiff_t>(g.stride_w * channels),
+                                   nullptr,
+                                   0,
+                                   nullptr,
+                                   nullptr,
+                                   nullptr};
+        kernels.result_gradient(copy, g.out_width, run * channels, {target, lanes, kPanel, false});
       }
     }
   }
@@ -191,17 +201,16 @@ Tensor weight_of(const Shape& s, const ThroughMoments& result, const InputNorm& 
                                   {left, kPanel, count * kPanel, true});
           float* tile = floats(partial) + split * gradient;
           if (planar) {
-            gather_taps(in, norm, n, g, first, rows, right + right_size, planes.width, right);
+            gather_taps(in, norm, n, g, first, rows, right + right_size, planes.width, right, per_panel * kPanel);
             for (int64_t o = 0; o < out_panels; ++o) {
               for (int64_t c = 0; c < per_panel; ++c, tile += kTile) {
-                kernels.outer({left + o * count * kPanel, 0, kPanel, right + c * count * kPanel, 0, kPanel, 1, count,
-                               tile, false});
+                kernels.outer({left + o * count * kPanel, 0, kPanel, right + c * kPanel, 0,
+                               static_cast<ptrdiff_t>(per_panel * kPanel), 1, count, tile, false});
               }
             }
             continue;
           }
-          std::fill_n(right, right_size, 0.0f);
-          fill_planes(planes, first * g.stride_h - g.pad_top, in.height, in.width, right,
+          fill_planes(planes, first * g.stride_h - g.pad_top, in.height, in_panels, right,
                       [&](int64_t y, const Target& to) {
                         kernels.activate(norm.kernel(), in.data + n * in.n_stride + y * in.row, in.pixel, in.width,
                                          s.channels, to);
@@ -288,10 +297,11 @@ int64_t highest(const std::vector<Phase>& phases) {
 
 // Gradient of the activated input into dx, [N][H][W][C]: for each phase of the stride a convolution with stride 1 over
 // the result's gradient, so that nothing is multiplied with zeros between strides. `finish(n, first row, rows)` is
-// called when rows of dx are there.
+// called when rows of dx are there; it reads those rows of x.
 template <class F>
-void input_of(const Shape& s, const ThroughMoments& result, const std::vector<float>& weight, int64_t batch, float* dx,
+void input_of(const Shape& s, const ThroughMoments& result, const std::vector<float>& weight, const Image& x, float* dx,
               const F& finish) {
+  const int64_t batch = x.batch;
   const Geometry& g = s.g;
   const std::vector<Phase> vertical = phases_of(g.stride_h, g.kernel_h, g.pad_top, g.dilation_h);
   const std::vector<Phase> horizontal = phases_of(g.stride_w, g.kernel_w, g.pad_left, g.dilation_w);
@@ -325,16 +335,28 @@ void input_of(const Shape& s, const ThroughMoments& result, const std::vector<fl
                       std::max(g.out_width, div_up(s.width, g.stride_w) + highest(horizontal)) - low_column,
                       -low_column};
   const GemmKernel& kernel = gemm_kernel();
+  const int64_t tiles = div_up(div_up(s.width, g.stride_w), kernel.max_rows);
+  const int64_t passing = kRows * tiles * s.taps * depth * in_panels * kPanel * static_cast<int64_t>(sizeof(float));
   parallel(batch * chunks, [&](int64_t begin, int64_t end) {
     const Tensor buffer = scratch(out_panels * planes.plane());
     std::vector<ptrdiff_t> segment;
     for (int64_t t = begin; t < end; ++t) {
       const int64_t n = t / chunks;
       const int64_t first = t % chunks * kRows;
-      std::fill_n(floats(buffer), out_panels * planes.plane(), 0.0f);
-      fill_planes(planes, first + low_row, g.out_height, g.out_width, floats(buffer), [&](int64_t y, const Target& to) {
+      fill_planes(planes, first + low_row, g.out_height, out_panels, floats(buffer), [&](int64_t y, const Target& to) {
         training_kernels().result_gradient(result.rows(n, y * g.out_width, 0), g.out_width, s.outputs, to);
       });
+      const int64_t row = first * g.stride_h;
+      const int64_t rows = std::min(s.height, (first + kRows) * g.stride_h) - row;
+      Ahead ahead;
+      ahead.add(x.data + n * x.n_stride + row * x.row, x.row, rows);
+      // the next task's part of the result's gradient that this one has not read
+      const int64_t below = std::min(g.out_height, first + planes.rows + low_row);
+      const MomentsGradient coming = result.rows(n, below * g.out_width, 0);
+      const int64_t count_below = std::min(g.out_height - below, kRows) * g.out_width;
+      ahead.add(coming.grad, coming.grad_row, count_below);
+      if (coming.z) ahead.add(coming.z, coming.z_row, count_below);
+      Stream stream = ahead.stream(passing);
       float* image = dx + n * s.height * s.width * s.channels;
       for (int64_t i = first; i < first + kRows; ++i) {
         for (int ry = 0; ry < g.stride_h; ++ry) {
@@ -374,12 +396,12 @@ void input_of(const Shape& s, const ThroughMoments& result, const std::vector<fl
             args.c_panel = kPanel;
             args.n = s.channels;
             args.act = Activation::kNone;
+            args.stream = &stream;
             gemm(kernel, args, 0, count, 0, in_panels);
           }
         }
       }
-      const int64_t row = first * g.stride_h;
-      finish(t, n, row, std::min(s.height, (first + kRows) * g.stride_h) - row);
+      finish(t, n, row, rows);
     }
   });
 }
@@ -408,7 +430,7 @@ SixTensors bn_act_conv_backward(Tensor grad, OptionalTensor grad_mean, OptionalT
   // as many parts as tasks, whose rows are a few of an image
   const int64_t parts = in.batch * in.height;
   const Tensor sums = zeroed(std::max<int64_t>(1, parts * 2 * padded));
-  input_of(s, result, scaled_weight(weight, std::nullopt, "weight"), in.batch, dx.data(),
+  input_of(s, result, scaled_weight(weight, std::nullopt, "weight"), in, dx.data(),
            [&](int64_t task, int64_t n, int64_t row, int64_t rows) {
              float* to = dx.data() + (n * in.height + row) * in.width * s.channels;
              training_kernels().input_gradient(norm.kernel(), to, s.channels, kPanel,

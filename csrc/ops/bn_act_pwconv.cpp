@@ -19,30 +19,16 @@ std::vector<ptrdiff_t> panel_segments(int64_t channels, int64_t rows) {
   return segment;
 }
 
-// What the next chunk of rows reads comes from memory while this one is multiplied.
-class Ahead {
- public:
-  // `rows` whole rows from `data` on
-  void add(const float* data, ptrdiff_t row, int64_t rows) {
-    const int64_t bytes = row * rows * static_cast<int64_t>(sizeof(float));
-    if (bytes <= 0) return;
-    ranges_[count_++] = {data, bytes};
-    bytes_ += bytes;
-  }
-  // For a product that passes through `passing` bytes of weights.
-  Stream stream(int64_t passing) const {
-    return {ranges_, ranges_ + count_, 1.1 * static_cast<double>(bytes_) / static_cast<double>(passing)};
-  }
+// f(begin, end) over [0, panels): by all workers, or all of it by this one
+template <class F>
+void each_panel(bool share, int64_t panels, const F& f) {
+  if (share) return parallel(panels, f);
+  f(0, panels);
+}
 
- private:
-  Stream::Range ranges_[3];
-  int count_ = 0;
-  int64_t bytes_ = 0;
-};
-
-// rows x n = panels x packed weights, into rows `c_row` floats apart
+// rows x n = panels x packed weights, into rows `c_row` floats apart; `share`: among all workers
 void multiply(const float* panels, int64_t k, int64_t rows, const float* packed, const float* zeros, int64_t n,
-              float* c, ptrdiff_t c_row, const Ahead& ahead) {
+              float* c, ptrdiff_t c_row, const Ahead& ahead, bool share) {
   const GemmKernel& kernel = gemm_kernel();
   const std::vector<ptrdiff_t> segment = panel_segments(k, rows);
   GemmArgs args{};
@@ -59,10 +45,14 @@ void multiply(const float* panels, int64_t k, int64_t rows, const float* packed,
   args.c_panel = kPanel;
   args.n = n;
   args.act = Activation::kNone;
-  const int64_t weights = args.b_panel * div_up(n, kPanel) * static_cast<int64_t>(sizeof(float));
-  Stream stream = ahead.stream(std::max<int64_t>(1, div_up(rows, kernel.max_rows) * weights));
-  args.stream = &stream;
-  gemm(kernel, args, 0, rows, 0, div_up(n, kPanel));
+  const int64_t out_panels = div_up(n, kPanel);
+  each_panel(share, out_panels, [&](int64_t begin, int64_t end) {
+    const int64_t weights = args.b_panel * (end - begin) * static_cast<int64_t>(sizeof(float));
+    Stream stream = ahead.stream(div_up(rows, kernel.max_rows) * weights);
+    GemmArgs part = args;
+    part.stream = &stream;
+    gemm(kernel, part, 0, rows, begin, end);
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor> bn_act_pwconv(Tensor x, OptionalTensor mean, OptionalTensor var,
@@ -94,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_pwconv(Tensor x, OptionalTensor mean, 
       float* z = out.data() + first * outputs;
       Ahead ahead;
       ahead.add(in.data + (first + count) * in.pixel, in.pixel, std::min(step, rows - first - count));
-      multiply(floats(buffer), channels, count, floats(packed), zeros.data(), outputs, z, outputs, ahead);
+      multiply(floats(buffer), channels, count, floats(packed), zeros.data(), outputs, z, outputs, ahead, chunks == 1);
       round_to(type, z, count * outputs);
       if (moments) kernels.moments(z, outputs, count, outputs, partial.mean(chunk), partial.m2(chunk));
     }
@@ -150,13 +140,15 @@ SixTensors bn_act_pwconv_backward(Tensor grad, OptionalTensor grad_mean, Optiona
         kernels.result_gradient(result.rows(0, first, 0), count, outputs, {left, kPanel, count * kPanel, true});
         if (need_weight) {
           kernels.activate(norm.kernel(), source, in.pixel, count, channels, {right, kPanel, count * kPanel, true});
-          float* tile = floats(partial) + split * gradient;
-          for (int64_t o = 0; o < out_padded; o += kPanel) {
-            for (int64_t c = 0; c < in_padded; c += kPanel, tile += kPanel * kPanel) {
-              kernels.outer(
-                  {left + o * count, 0, kPanel, right + c * count, 0, kPanel, 1, count, tile, chunk == start});
+          each_panel(chunks == 1, out_padded / kPanel, [&](int64_t from, int64_t to) {
+            float* tile = floats(partial) + split * gradient + from * kPanel * in_padded;
+            for (int64_t o = from * kPanel; o < to * kPanel; o += kPanel) {
+              for (int64_t c = 0; c < in_padded; c += kPanel, tile += kPanel * kPanel) {
+                kernels.outer(
+                    {left + o * count, 0, kPanel, right + c * count, 0, kPanel, 1, count, tile, chunk == start});
+              }
             }
-          }
+          });
         }
         if (need_input) {
           float* to = dx->data() + first * channels;
@@ -166,7 +158,7 @@ SixTensors bn_act_pwconv_backward(Tensor grad, OptionalTensor grad_mean, Optiona
           ahead.add(coming.grad, coming.grad_row, next);
           if (coming.z) ahead.add(coming.z, coming.z_row, next);
           ahead.add(in.data + (first + count) * in.pixel, in.pixel, next);
-          multiply(left, outputs, count, floats(packed), zeros.data(), channels, to, channels, ahead);
+          multiply(left, outputs, count, floats(packed), zeros.data(), channels, to, channels, ahead, chunks == 1);
           kernels.input_gradient(norm.kernel(), to, channels, kPanel, source, in.pixel, count, channels, to, channels,
                                  floats(sums) + chunk * 2 * in_padded);
         }

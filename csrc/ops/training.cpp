@@ -225,11 +225,27 @@ Chunks chunks_of(int64_t rows, int64_t floats_per_row) {
   const int64_t budget = cpu::cache_sizes().l2 / 2 / static_cast<int64_t>(sizeof(float));
   constexpr int64_t kTileRows = 14;
   constexpr int64_t kEven = 4;
+  // less than weights are: whoever has one chunk shares its panels
+  constexpr int64_t kFew = 128;
+  if (rows <= kFew) return {std::max<int64_t>(1, rows), rows ? 1 : 0};
   const int64_t most = std::clamp<int64_t>(budget / std::max<int64_t>(1, floats_per_row) / kTileRows, 2, 16);
   const int64_t tiles = div_up(rows, kTileRows);
   const int64_t count = round_up(div_up(tiles, most), kEven);
   const int64_t step = kTileRows * std::max<int64_t>(2, div_up(tiles, std::max<int64_t>(1, count)));
   return {step, div_up(rows, step)};
+}
+
+void Ahead::add(const float* data, ptrdiff_t row, int64_t rows) {
+  const int64_t bytes = row * rows * static_cast<int64_t>(sizeof(float));
+  if (bytes <= 0 || count_ == kRanges) return;
+  ranges_[count_++] = {data, bytes};
+  bytes_ += bytes;
+}
+
+Stream Ahead::stream(int64_t passing) const {
+  // a tenth more: what is left when the product ends is not fetched
+  return {ranges_, ranges_ + count_,
+          1.1 * static_cast<double>(bytes_) / static_cast<double>(std::max<int64_t>(1, passing))};
 }
 
 }  // namespace mnv4::ops

@@ -105,12 +105,27 @@ class WeightGradient {
 };
 
 // `rows` pixels in `count` chunks of `step`, whose `floats_per_row` stay in half of L2. Few chunks are a multiple of
-// four, so that as many workers have equal shares; the shape alone decides.
+// four, so that as many workers have equal shares; very few rows are one. The shape alone decides.
 struct Chunks {
   int64_t step;
   int64_t count;
 };
 Chunks chunks_of(int64_t rows, int64_t floats_per_row);
+
+// What is read next and comes from memory while a product is multiplied.
+class Ahead {
+ public:
+  // `rows` whole rows from `data` on
+  void add(const float* data, ptrdiff_t row, int64_t rows);
+  // For a product that passes through `passing` bytes of weights.
+  Stream stream(int64_t passing) const;
+
+ private:
+  static constexpr int kRanges = 3;
+  Stream::Range ranges_[kRanges];
+  int count_ = 0;
+  int64_t bytes_ = 0;
+};
 
 }  // namespace ops
 }  // namespace mnv4

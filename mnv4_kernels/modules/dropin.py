@@ -32,7 +32,7 @@ TRAINING = "training"
 #: Its number in compiled graphs, which torch.compile guards on: no other module meets its code.
 NUMBER = "_mnv4_number"
 
-HEADS = "train mode: timm's modules, a head is a few products of single pixels"
+HEADS = "train mode: pool and classifier are timm's modules, the convolution between them has its op"
 COMPILING_TRAINING = "torch.compile and torch.export in train mode trace timm's own path"
 COMPILING_GRADIENTS = "torch.compile with gradients enabled: the ops' graphs are made under torch.no_grad()"
 ONNX = "torch.onnx.export: ONNX has no such ops, timm's own path is exported"

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from . import leaves
 from .dropin import DropIn
@@ -25,6 +26,7 @@ from .whole import Whole
 STEM = "stem"
 HEAD = "head"
 PRE_LOGITS = "pre_logits"
+EXPAND = "conv_head"
 WHOLE = "whole"
 
 
@@ -52,6 +54,14 @@ def head_body(network: nn.Module, classifier: bool) -> Body:
     names = ["global_pool", "conv_head", "norm_head", "act2", "flatten", *(["classifier"] if classifier else [])]
     settings = [(modules["global_pool"], ["pool_type"])] if hasattr(modules["global_pool"], "pool_type") else []
     return Body(network, steps, bypassed=_with_children(*(modules[name] for name in names)), settings=settings)
+
+
+def expand_body(network: nn.Module) -> Body:
+    """`conv_head`, `norm_head` and `act2`: what of the head an op computes in train mode."""
+    modules: dict[str, Any] = dict(network._modules)
+    conv, norm, act = (modules[name] for name in ("conv_head", "norm_head", "act2"))
+    steps = convolution(EXPAND, conv, _not_idle(norm), _not_idle(act))
+    return Body(network, steps, bypassed=_with_children(conv, norm, act))
 
 
 def whole_body(network: nn.Module) -> Body:
@@ -126,6 +136,8 @@ class MobileNetV3Forward(_Network):
             return stem_body(self)
         if key in (HEAD, PRE_LOGITS):
             return head_body(self, classifier=key == HEAD)
+        if key == EXPAND:
+            return expand_body(self)
         return whole_body(self)
 
     def _mnv4_features(self, x: torch.Tensor) -> torch.Tensor:
@@ -161,9 +173,23 @@ class MobileNetV3Forward(_Network):
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """The last stage's map -> logits [N, K], or the features before the classifier."""
-        y = self._mnv4_run(x, PRE_LOGITS if pre_logits else HEAD)
+        y = self._mnv4_train_head(x, pre_logits) if self.training else None
+        if y is None:
+            y = self._mnv4_run(x, PRE_LOGITS if pre_logits else HEAD)
         timm: Any = super()
         return timm.forward_head(x, pre_logits) if y is None else y
+
+    def _mnv4_train_head(self, x: torch.Tensor, pre_logits: bool) -> torch.Tensor | None:
+        """timm's head with the op for its convolution; None where that may not run."""
+        plan, obstacle = self._mnv4_decide(x, EXPAND)
+        if not isinstance(plan, TrainingPlan) or obstacle:
+            return None
+        modules: dict[str, Any] = dict(self._modules)
+        y: torch.Tensor = modules["flatten"](plan.run(modules["global_pool"](x)))
+        rate: Any = self.drop_rate
+        if rate > 0.0:
+            y = F.dropout(y, p=rate, training=True)
+        return y if pre_logits else modules["classifier"](y)
 
     def forward_intermediates(
         self,

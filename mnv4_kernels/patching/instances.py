@@ -17,8 +17,8 @@ from .rules import Rule, rule_of
 Model = TypeVar("Model", bound=nn.Module)
 
 TRAIN_NOTE = (
-    "The model is in train mode, where the head (pool, 1x1 convolution, classifier) runs timm's modules, and what the "
-    "table lists runs its training op. After `model.eval()` the table holds as it is."
+    "The model is in train mode, where the head's pool and classifier run timm's modules, its convolution and what "
+    "the table lists run their training ops. After `model.eval()` the table holds as it is."
 )
 
 
@@ -33,7 +33,8 @@ def patch(model: nn.Module, strict: bool = False) -> PatchReport:
     with the same parameters, submodules, hooks and names. In eval mode the ops run with
     BatchNorm and layer scale folded in; a change of the parameters is seen at the next
     call, but for edits through `.data` or numpy (`refresh`). In train mode the training ops run
-    on the live parameters, and the head is timm's. Patching a patched model changes nothing and reports again.
+    on the live parameters; the head's pool and classifier are timm's. Patching a patched model
+    changes nothing and reports again.
 
     Args:
         model: any module; blocks are found wherever they are in it.
