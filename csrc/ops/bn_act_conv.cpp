@@ -10,6 +10,9 @@ namespace {
 // Output rows of a task: a ring's or a chunk's borders cost little, its planes stay in L2.
 constexpr int64_t kRowsPerTask = 8;
 
+// Input rows of one phase of the stride that a task of the way back computes.
+constexpr int64_t kInputRows = 4;
+
 // Parts in which a weight gradient is summed, whatever the thread count.
 constexpr int64_t kSplits = 16;
 
@@ -327,38 +330,37 @@ void input_of(const Shape& s, const ThroughMoments& result, const std::vector<fl
     }
   }
   const std::vector<float> zeros(static_cast<size_t>(in_panels * kPanel), 0.0f);
-  // rows of a task, in input rows of one phase
-  constexpr int64_t kRows = 4;
-  const int64_t chunks = div_up(s.height, kRows * g.stride_h);
+  const int64_t chunks = div_up(s.height, kInputRows * g.stride_h);
   const int64_t low_row = lowest(vertical), low_column = lowest(horizontal);
-  const Planes planes{kRows + highest(vertical) - low_row,
+  const Planes planes{kInputRows + highest(vertical) - low_row,
                       std::max(g.out_width, div_up(s.width, g.stride_w) + highest(horizontal)) - low_column,
                       -low_column};
   const GemmKernel& kernel = gemm_kernel();
   const int64_t tiles = div_up(div_up(s.width, g.stride_w), kernel.max_rows);
-  const int64_t passing = kRows * tiles * s.taps * depth * in_panels * kPanel * static_cast<int64_t>(sizeof(float));
+  const int64_t passing =
+      kInputRows * tiles * s.taps * depth * in_panels * kPanel * static_cast<int64_t>(sizeof(float));
   parallel(batch * chunks, [&](int64_t begin, int64_t end) {
     const Tensor buffer = scratch(out_panels * planes.plane());
     std::vector<ptrdiff_t> segment;
     for (int64_t t = begin; t < end; ++t) {
       const int64_t n = t / chunks;
-      const int64_t first = t % chunks * kRows;
+      const int64_t first = t % chunks * kInputRows;
       fill_planes(planes, first + low_row, g.out_height, out_panels, floats(buffer), [&](int64_t y, const Target& to) {
         training_kernels().result_gradient(result.rows(n, y * g.out_width, 0), g.out_width, s.outputs, to);
       });
       const int64_t row = first * g.stride_h;
-      const int64_t rows = std::min(s.height, (first + kRows) * g.stride_h) - row;
+      const int64_t rows = std::min(s.height, (first + kInputRows) * g.stride_h) - row;
       Ahead ahead;
       ahead.add(x.data + n * x.n_stride + row * x.row, x.row, rows);
       // the next task's part of the result's gradient that this one has not read
       const int64_t below = std::min(g.out_height, first + planes.rows + low_row);
       const MomentsGradient coming = result.rows(n, below * g.out_width, 0);
-      const int64_t count_below = std::min(g.out_height - below, kRows) * g.out_width;
+      const int64_t count_below = std::min(g.out_height - below, kInputRows) * g.out_width;
       ahead.add(coming.grad, coming.grad_row, count_below);
       if (coming.z) ahead.add(coming.z, coming.z_row, count_below);
       Stream stream = ahead.stream(passing);
       float* image = dx + n * s.height * s.width * s.channels;
-      for (int64_t i = first; i < first + kRows; ++i) {
+      for (int64_t i = first; i < first + kInputRows; ++i) {
         for (int ry = 0; ry < g.stride_h; ++ry) {
           const int64_t y = i * g.stride_h + ry;
           if (y >= s.height) continue;
@@ -427,8 +429,7 @@ SixTensors bn_act_conv_backward(Tensor grad, OptionalTensor grad_mean, OptionalT
 
   Result dx(x, in.batch, s.channels, in.height, in.width, is_channels_last(x));
   const int64_t padded = round_up(s.channels, kPanel);
-  // as many parts as tasks, whose rows are a few of an image
-  const int64_t parts = in.batch * in.height;
+  const int64_t parts = in.batch * div_up(in.height, kInputRows * g.stride_h);
   const Tensor sums = zeroed(std::max<int64_t>(1, parts * 2 * padded));
   input_of(s, result, scaled_weight(weight, std::nullopt, "weight"), in, dx.data(),
            [&](int64_t task, int64_t n, int64_t row, int64_t rows) {
