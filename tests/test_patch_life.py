@@ -68,6 +68,18 @@ def test_patching_keeps_parameters_names_classes_and_hooks() -> None:
     assert handle.id in model.blocks[1][0]._forward_hooks
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["as a whole", "by blocks"])
+def test_a_block_that_is_used_twice_runs_twice(whole: bool) -> None:
+    model = create()
+    model.blocks[2][2] = model.blocks[2][1]
+    if not whole:
+        # a head that keeps its map: the network is then run block by block
+        model.flatten = nn.Identity()
+        model.classifier = nn.Flatten()
+    mk.patch(model)
+    assert_follows_its_parameters(model)
+
+
 def test_patching_twice_changes_nothing_and_reports_the_same() -> None:
     model = create(SMALL)
     first = mk.patch(model)

@@ -195,6 +195,12 @@ PARTIAL: dict[str, tuple[Callable[[], nn.Module], int, str, set[str]]] = {
         "grouped convolution (8 groups of 8 channels)",
         {"pwconv_bn_act"},
     ),
+    "group_size with an activation that may not be applied twice": (
+        lambda: uib(dw_kernel_size_mid=3, group_size=8, act_layer=nn.SiLU),
+        32,
+        "grouped convolution (8 groups of 8 channels)",
+        {"pwconv_bn_act"},
+    ),
     "average pool": (
         lambda: uib(dw_kernel_size_mid=3, stride=2, aa_layer="avg"),
         32,

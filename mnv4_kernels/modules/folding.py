@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -11,11 +11,8 @@ from .. import ops
 from ..backends import native
 
 
-def affine_of(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """An eval-mode BatchNorm as float64 (scale [C], shift [C]): y = x * scale + shift."""
-    assert isinstance(norm, nn.BatchNorm2d)
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
+def affine_of(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """One of `leaves.NORMS` in eval mode as float64 (scale [C], shift [C]): y = x * scale + shift."""
     scale = torch.rsqrt(norm.running_var.double() + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight.double()

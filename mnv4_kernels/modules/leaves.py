@@ -20,6 +20,9 @@ CONVS: dict[type[nn.Module], bool] = {nn.Conv2d: False}
 #: normalisation classes that are BatchNorm2d, perhaps with `drop` and `act` submodules
 NORMS: set[type[nn.Module]] = {nn.BatchNorm2d}
 
+#: those of `NORMS` that use their running statistics in train mode, too, and never change them
+FROZEN_NORMS: set[type[nn.Module]] = set()
+
 #: activation class -> the ops' name for it
 ACTS: dict[type[nn.Module], Callable[[Any], str]] = {
     nn.Identity: lambda act: "none",
@@ -95,7 +98,6 @@ def norm_reasons(norm: nn.Module | None) -> list[str]:
         return []
     if type(norm) not in NORMS:
         return [f"{type(norm).__name__} is not BatchNorm2d"]
-    assert isinstance(norm, nn.BatchNorm2d)
     reasons = [reason for reason in (tampered(norm),) if reason]
     if norm.running_mean is None or norm.running_var is None:
         reasons.append(f"{type(norm).__name__} keeps no running statistics")
@@ -103,6 +105,11 @@ def norm_reasons(norm: nn.Module | None) -> list[str]:
     if drop is not None and type(drop) is not nn.Identity:
         reasons.append(f"{type(drop).__name__} inside {type(norm).__name__}")
     return reasons
+
+
+def uses_batch(norm: nn.Module) -> bool:
+    """True where `norm`, one of `NORMS`, normalises by the batch's statistics and updates the running ones."""
+    return norm.training and type(norm) not in FROZEN_NORMS
 
 
 def act_reasons(act: nn.Module | None) -> list[str]:

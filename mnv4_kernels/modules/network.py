@@ -249,7 +249,8 @@ def train_through(module: nn.Module, state: Pending) -> Pending:
     """`module` applied to what may be pending: drop-ins in Sequentials pass it on, anything else gets the map."""
     hooked = any(map(bool, _hooks_of(module)))
     if not hooked and type(module) is nn.Sequential and not leaves.tampered(module):
-        for child in module.children():
+        # not `children()`, which gives a block that is used twice once
+        for child in module:
             state = train_through(child, state)
         return state
     if not hooked and isinstance(module, DropIn) and module.training and not leaves.tampered(module):

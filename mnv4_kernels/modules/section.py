@@ -61,7 +61,8 @@ class Section:
 def sections(name: str, module: nn.Module) -> list[Step]:
     """The blocks in `module` (drop-ins in nested Sequentials) as sections; what is neither stays timm's own."""
     if type(module) is nn.Sequential and not leaves.tampered(module):
-        return [step for child, inner in module.named_children() for step in sections(f"{name}.{child}", inner)]
+        # not `children()`, which gives a block that is used twice once
+        return [step for child, inner in module._modules.items() for step in sections(f"{name}.{child}", inner)]
     if not isinstance(module, DropIn):
         return [Own(name, module, f"{type(module).__name__} is no drop-in")]
     if leaves.tampered(module) or type(module)._mnv4_base not in type(module).__bases__:

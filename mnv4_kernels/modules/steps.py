@@ -202,6 +202,8 @@ def convolution(
 ) -> list[Step]:
     """One `Convolution` if an op can stand in for the modules, else each of them as timm's own."""
     reasons = [*leaves.conv_reasons(conv), *leaves.norm_reasons(norm), *leaves.act_reasons(act)]
+    # a norm's own activation runs inside of it, where timm's modules run
+    parts = [module for module in (conv, norm, act) if module is not None]
     if norm is not None and type(norm) in leaves.NORMS:
         inner = norm._modules.get("act")
         reasons += leaves.act_reasons(inner)
@@ -213,7 +215,6 @@ def convolution(
         assert isinstance(conv, nn.Conv2d)
         return [Convolution(name, conv, norm, act, channels_last=channels_last)]
     reason = "; ".join(dict.fromkeys(reasons))
-    parts = (module for module in (conv, norm, act) if module is not None)
     return [Own(name, module, reason) for module in parts]
 
 

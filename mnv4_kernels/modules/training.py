@@ -175,7 +175,7 @@ def _convolve(step: Convolution, state: Pending, statistics: _Statistics) -> Pen
     if state.layer_scale is not None:
         state = Pending(written(state))
     conv, norm = step.conv, step.norm
-    moments = norm is not None and norm.training
+    moments = norm is not None and leaves.uses_batch(norm)
     name = _TRAINING_OPS[step.op]
     geometry: list[Any] = []
     if step.op != "pwconv_bn_act":
@@ -193,7 +193,7 @@ def _normalisation(
     """What the next op applies to `z`: batch statistics in train mode, the running ones of a frozen BatchNorm."""
     if norm is None:
         return _NOTHING if act == "none" else (*_NOTHING[:-1], act)
-    if not norm.training:
+    if not leaves.uses_batch(norm):
         return norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps, act
     statistics.add(norm, mean, variance, z)
     return mean, variance, norm.weight, norm.bias, norm.eps, act
@@ -204,7 +204,7 @@ def _attend(step: MultiQuery, x: torch.Tensor, statistics: _Statistics) -> Pendi
     state = Pending(x)
     if step.norm is not None:
         mean = variance = x
-        if step.norm.training:
+        if leaves.uses_batch(step.norm):
             variance, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
         state = Pending(x, _normalisation(step.norm, x, mean, variance, "none", statistics))
     query = _project(state, attention.query.proj)

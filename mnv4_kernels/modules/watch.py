@@ -169,7 +169,7 @@ def _any_hooked(states: Sequence[dict[str, Any]]) -> bool:
 
 def _has_modes(module: nn.Module) -> bool:
     idle = type(module) is nn.Identity
-    return not idle and (type(module) in leaves.NORMS | leaves.DROPS | leaves.ATTENTIONS)
+    return not idle and (type(module) in leaves.NORMS - leaves.FROZEN_NORMS | leaves.DROPS | leaves.ATTENTIONS)
 
 
 def _getters(

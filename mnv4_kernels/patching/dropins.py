@@ -6,7 +6,15 @@ module teaches `modules.leaves` timm's leaf classes, which unpickling needs as w
 
 from __future__ import annotations
 
-from timm.layers import BatchNormAct2d, ConvNormAct, DropPath, LayerScale2d, Linear, SelectAdaptivePool2d
+from timm.layers import (
+    BatchNormAct2d,
+    ConvNormAct,
+    DropPath,
+    FrozenBatchNormAct2d,
+    LayerScale2d,
+    Linear,
+    SelectAdaptivePool2d,
+)
 from timm.layers.activations import GELU, GELUTanh
 from timm.layers.attention2d import MultiQueryAttention2d
 from timm.layers.conv2d_same import Conv2dSame
@@ -83,7 +91,8 @@ def _pool_reason(pool: SelectAdaptivePool2d) -> str:
 
 
 leaves.CONVS[Conv2dSame] = True
-leaves.NORMS.add(BatchNormAct2d)
+leaves.FROZEN_NORMS.add(FrozenBatchNormAct2d)
+leaves.NORMS.update((BatchNormAct2d, *leaves.FROZEN_NORMS))
 leaves.ACTS[GELU] = lambda act: "gelu"
 leaves.ACTS[GELUTanh] = lambda act: "gelu_tanh"
 leaves.LAYER_SCALES.add(LayerScale2d)
