@@ -24,6 +24,8 @@ class Case:
     #: classify scikit-learn's photograph instead of random pixels
     photo: bool = False
     seed: int = 0
+    #: a training step instead of a forward; below float32 under autocast
+    train: bool = False
 
     @property
     def title(self) -> str:
@@ -31,7 +33,8 @@ class Case:
         short = self.model.removeprefix("mobilenetv4_")
         size = f" {self.size}px" if self.size else ""
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
-        return f"{short}{size} batch {self.batch} {self.dtype} {threads}"
+        job = " training step" if self.train else ""
+        return f"{short}{size} batch {self.batch} {self.dtype} {threads}{job}"
 
     def resolved(self) -> Case:
         """The same case with the model's default size filled in."""
@@ -49,12 +52,12 @@ def default_size(model: str) -> int:
 
 
 def create_model(case: Case) -> nn.Module:
-    """`case`'s model in eval mode, float32, random weights and normalisation for its input."""
+    """`case`'s model in the mode that is measured, float32, random weights and normalisation for its input."""
     import timm
 
     torch.manual_seed(case.seed)
     model = timm.create_model(case.model, pretrained=False).eval()
-    return randomise(model, create_input(dataclasses.replace(case, batch=1)), case.seed)
+    return randomise(model, create_input(dataclasses.replace(case, batch=1)), case.seed).train(case.train)
 
 
 def randomise(model: nn.Module, x: torch.Tensor, seed: int = 0) -> nn.Module:

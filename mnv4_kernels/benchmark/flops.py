@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 
-def count_flops(model: nn.Module, input_size: tuple[int, ...]) -> int:
+def count_flops(model: nn.Module, input_size: tuple[int, ...], train: bool = False) -> int:
     """Operations of one forward pass of unpatched `model`, a multiply-add counted as two.
 
     Convolutions, linear layers, matrix products and attention are counted; normalisation,
@@ -22,11 +22,12 @@ def count_flops(model: nn.Module, input_size: tuple[int, ...]) -> int:
     Args:
         model: a module whose forward takes one tensor.
         input_size: of that tensor, e.g. [N, 3, H, W].
+        train: count the backward pass as well: each product has two gradients, the first one's input none.
     """
     shell = copy.deepcopy(model).to("meta").eval()
     with torch.no_grad(), _Counter() as counter:
         shell(torch.empty(input_size, device="meta"))
-    return counter.total
+    return 3 * counter.total - counter.first if train else counter.total
 
 
 def _conv(result: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *_: Any, **__: Any) -> int:
@@ -56,12 +57,13 @@ _COUNTED: dict[Any, Callable[..., int]] = {
 class _Counter(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
-        self.total = 0
+        self.total = self.first = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in _COUNTED:
             self.total += _COUNTED[func](result, *args, **(kwargs or {}))
+            self.first = self.first or self.total
         return result
 
 

@@ -37,7 +37,7 @@ class Kit:
             self.folder = Path(self._temporary.name)
         else:
             versions = "-".join(f"{name}{device.version(name)}" for name in ("torch", "timm"))
-            kind = "-photo" if case.photo else ""
+            kind = ("-photo" if case.photo else "") + ("-train" if case.train else "")
             name = f"{case.model}-{case.size}px-batch{case.batch}-seed{case.seed}{kind}"
             self.folder = cache / f"{name}-{WEIGHTS}-{versions}"
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -18,9 +18,12 @@ from torch import nn
 from ..backends import native
 from . import environments
 from .environments import Environment
+from .training_step import Forward
 
 Run = Callable[[], torch.Tensor]
 Builder = Callable[[nn.Module, torch.Tensor, torch.dtype], Run]
+#: a model in train mode, its images -> (the model that is trained, what runs as its forward, the images)
+Trainer = Callable[[nn.Module, torch.Tensor], tuple[nn.Module, Forward, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Runtime:
     ours: bool = False
     #: modules that a torch runtime brings along, imported before its memory is counted
     imports: tuple[str, ...] = ("timm",)
+    #: how it trains; None: it does not
+    trainer: Trainer | None = None
 
     def missing(self, dtype: torch.dtype, folder: Path = environments.FOLDER) -> list[str]:
         """Why it can't run here in `dtype`, with environments in `folder`, in words; empty if it can."""
@@ -111,31 +116,52 @@ def _optimized(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> Run:
     return lambda: fast(x)
 
 
+def _train(model: nn.Module, x: torch.Tensor) -> tuple[nn.Module, Forward, torch.Tensor]:
+    return model, model, x
+
+
+def _train_channels_last(model: nn.Module, x: torch.Tensor) -> tuple[nn.Module, Forward, torch.Tensor]:
+    model = model.to(memory_format=torch.channels_last)
+    return model, model, x.contiguous(memory_format=torch.channels_last)
+
+
+def _train_compiled(model: nn.Module, x: torch.Tensor) -> tuple[nn.Module, Forward, torch.Tensor]:
+    return model, torch.compile(model), x
+
+
+def _train_patched(model: nn.Module, x: torch.Tensor) -> tuple[nn.Module, Forward, torch.Tensor]:
+    import mnv4_kernels
+
+    mnv4_kernels.patch(model)
+    return model, model, x
+
+
 _F32 = (torch.float32,)
 _INDUCTOR = ("timm", "torch._inductor.compile_fx")
 
 #: In the order of the table; the first is what speed-ups refer to.
 RUNTIMES = (
-    Runtime("eager", _eager),
-    Runtime("eager channels_last", _channels_last),
-    Runtime("torch.compile", _compile, imports=_INDUCTOR),
+    Runtime("eager", _eager, trainer=_train),
+    Runtime("eager channels_last", _channels_last, trainer=_train_channels_last),
+    Runtime("torch.compile", _compile, imports=_INDUCTOR, trainer=_train_compiled),
     Runtime("torch.compile freezing", _compile_freezing, imports=_INDUCTOR),
     Runtime("onnxruntime", Foreign("model.onnx", environments.ONNX, environments.ONNXRUNTIME), _F32),
     Runtime("openvino", Foreign("model.onnx", environments.ONNX, environments.OPENVINO), (*_F32, torch.bfloat16)),
     Runtime("xnnpack", Foreign("model.pte", environments.EXECUTORCH, environments.EXECUTORCH), _F32),
     Runtime("litert", Foreign("model.tflite", environments.LITERT, environments.LITERT), _F32),
-    Runtime("ours patched", _patched, ours=True),
+    Runtime("ours patched", _patched, ours=True, trainer=_train_patched),
     Runtime("ours patched, compiled", _patched_compile, ours=True, imports=_INDUCTOR),
     Runtime("ours backend", _backend, ours=True, imports=_INDUCTOR),
     Runtime("ours optimized", _optimized, ours=True),
 )
 
 
-def select(names: list[str] | None) -> list[Runtime]:
-    """The runtimes of these names, all for None; raises `ValueError` on an unknown one."""
+def select(names: list[str] | None, train: bool = False) -> list[Runtime]:
+    """The runtimes of these names (that train), all for None; raises `ValueError` on an unknown one."""
+    candidates = [runtime for runtime in RUNTIMES if runtime.trainer is not None or not train]
     if names is None:
-        return list(RUNTIMES)
-    known = {runtime.name: runtime for runtime in RUNTIMES}
+        return candidates
+    known = {runtime.name: runtime for runtime in candidates}
     for name in names:
         if name not in known:
             raise ValueError(f"`runtimes` must be among {', '.join(known)}, got {name!r}")

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from .case import DTYPES, Case, create_input, create_model
 from .ceilings import measure_ceilings
 from .flops import count_flops, least_bytes
 from .foreign.player import Answer, Turns, check, serve
 from .runtimes import Foreign, Run, select
+from .training_step import TrainingStep
 
 #: What runtimes that read a file are converted from.
 PROGRAM = "model.pt2"
@@ -24,18 +26,37 @@ def prepare(case: Case, folder: Path, export: bool) -> Answer:
     """Writes what is not in `folder` yet: the input, eager's outputs that runtimes must reproduce, the program."""
     model, x = create_model(case), create_input(case)
     answer = {
-        "flops": count_flops(model, tuple(x.shape)),
-        "bytes": least_bytes(model, x.numel(), DTYPES[case.dtype].itemsize),
+        "flops": count_flops(model, tuple(x.shape), case.train),
+        "bytes": least_bytes(model, x.numel(), (torch.float32 if case.train else DTYPES[case.dtype]).itemsize),
     }
     if export and not (folder / PROGRAM).exists():
         torch.export.save(torch.export.export(model, (x,)), folder / "partial.pt2")
         (folder / "partial.pt2").rename(folder / PROGRAM)
     if not (folder / "float64.npy").exists():
         np.save(folder / "x.npy", x.numpy())
-        np.save(folder / "float32.npy", model(x).numpy())
+        np.save(folder / "float32.npy", expected(case, model, x).numpy())
         # written last: where it exists, the others do
-        np.save(folder / "float64.npy", model.double()(x.double()).numpy())
+        np.save(folder / "float64.npy", expected(case, create_model(case).double(), x.double()).numpy())
+    if case.train:
+        model = create_model(case)
+        answer["earned"] = judge(TrainingStep(model, model, x, DTYPES[case.dtype]), folder)["error"]
     return answer
+
+
+def judge(step: TrainingStep, folder: Path) -> Answer:
+    """The errors of a step's gradients, as norms, relative to eager float64 and to eager float32."""
+    found = step.gradients().numpy()
+
+    def error(name: str) -> float:
+        wanted = np.load(folder / f"{name}.npy")
+        return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+    return {"error": error("float64"), "error_float32": error("float32")}
+
+
+def expected(case: Case, model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What runtimes must reproduce: the output, or the gradients of the first step."""
+    return TrainingStep(model, model, x, x.dtype).gradients() if case.train else model(x)
 
 
 def build(case: Case, name: str, folder: Path, turns: Turns) -> Answer:
@@ -46,9 +67,12 @@ def build(case: Case, name: str, folder: Path, turns: Turns) -> Answer:
     for module in runtime.imports:
         importlib.import_module(module)
     turns.start()
+    if case.train:
+        assert runtime.trainer is not None, "what can't train is not selected"
+        step = TrainingStep(*runtime.trainer(create_model(case), x), DTYPES[case.dtype])
+        return {**judge(step, folder), **turns.built(step)}
     run: Run = runtime.how(create_model(case), x, DTYPES[case.dtype])
-    answer = check(run().float().numpy(), folder)
-    return {**answer, **turns.built(run)}
+    return {**check(run().float().numpy(), folder), **turns.built(run)}
 
 
 def main() -> None:

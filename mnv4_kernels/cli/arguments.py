@@ -39,7 +39,7 @@ def cases_of(arguments: argparse.Namespace, photo: bool = False) -> list[Case]:
             raise ValueError(f"`MODEL` must be one of timm's ({', '.join(every)}) or all, got {full!r}")
         names += every if name == "all" else [full]
     return [
-        Case(name, batch, arguments.size, dtype, threads, photo).resolved()
+        Case(name, batch, arguments.size, dtype, threads, photo, train=getattr(arguments, "train", False)).resolved()
         for name in names
         for batch in arguments.batch
         for dtype in arguments.dtype

@@ -41,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", metavar="DIR", type=Path, help="keep references and converted models for other runs")
     parser.add_argument("--prepare", action="store_true", help="only fill --cache DIR, time nothing")
     parser.add_argument(
+        "--train", action="store_true", help="a training step: forward, backward, optimizer; below float32 by autocast"
+    )
+    parser.add_argument(
         "--profile", action="store_true", help="where the optimized network's time goes: per block and per step"
     )
     parser.add_argument(
@@ -60,7 +63,9 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.resume and file is None:
         raise ValueError("`--resume` needs --json FILE, which has the cases to keep")
     protocol = Protocol(arguments.rounds, arguments.seconds, arguments.environments, arguments.cache)
-    runtimes = select(arguments.runtimes)
+    runtimes = select(arguments.runtimes, arguments.train)
+    if arguments.train and arguments.profile:
+        raise ValueError("`--profile` takes an optimized network apart, which does not train; leave out --train")
     if arguments.profile:
         return _profile(arguments, protocol)
     if arguments.prepare:
@@ -106,7 +111,7 @@ def _prepare(arguments: argparse.Namespace, protocol: object) -> int:
     failed = False
     with progress() as show:
         for case in cases_of(arguments):
-            rows = prepare(case, select(arguments.runtimes), protocol, show)
+            rows = prepare(case, select(arguments.runtimes, arguments.train), protocol, show)
             for row in rows:
                 if row.missing and row.missing.startswith("failed"):
                     print(f"{case.title}: {row.name}: {row.missing}", file=sys.stderr)
