@@ -8,8 +8,9 @@ channel (`fold_batch_norm`). `act` is one of none, relu, relu6, hard_swish, silu
 (erf) and gelu_tanh.
 
 The first backend of the op's list that can run the call answers (`ops/<op>/support.py`),
-else the torch-only reference. Gradients reach every floating-point argument but packed
-weights. Under autocast the activations and weights are cast, scales and shifts are not.
+else the torch-only reference, which also answers in forward-mode AD. Gradients reach every
+floating-point argument but packed weights. Under autocast the activations and weights are
+cast, scales and shifts are not.
 
 A wrong type or dtype raises `TypeError`, a wrong rank, shape, device or value
 `ValueError`; the message names the argument, what was expected and what was got.
@@ -34,6 +35,7 @@ from ._arguments import (
     shape_error,
     under_autocast,
 )
+from .backends.tracing import forward_mode
 from .ops.conv_bn_act import support as conv_support
 from .ops.conv_bn_act.reference import reference as conv_reference
 from .ops.dwconv_bn_act import support as dwconv_support
@@ -493,9 +495,10 @@ def _run(
 
     `operands` are the positions of what autocast casts.
     """
-    for backend in backends:
-        if not backend.reasons(*arguments):
-            return op(*arguments)
+    if not forward_mode():
+        for backend in backends:
+            if not backend.reasons(*arguments):
+                return op(*arguments)
     first = arguments[0]
     if not under_autocast(first):
         return reference(*arguments)

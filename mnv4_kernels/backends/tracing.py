@@ -21,6 +21,12 @@ def constant_in_graphs(function: Function) -> Function:
 
 
 @constant_in_graphs
+def forward_mode() -> bool:
+    """True in `torch.func.jvp` or a dual level: ops have no forward-mode derivative, PyTorch takes it for zero."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+@constant_in_graphs
 def exporting_onnx() -> bool:
     """True while torch.onnx.export asks for a graph."""
     onnx: Any = sys.modules.get("torch.onnx")
