@@ -204,7 +204,8 @@ class TestModes:
         with torch.inference_mode():
             assert ops_called(lambda: model(images()))
             expected = model(images())
-        assert torch.equal(model(images()).detach(), expected)
+        # block by block there, the whole network as one program here: not the same sums
+        torch.testing.assert_close(model(images()).detach(), expected, rtol=1e-4, atol=1e-4)
         model(images()).sum().backward()
 
     def test_parameters_made_in_inference_mode_keep_timms_path(self) -> None:

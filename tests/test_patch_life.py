@@ -253,7 +253,7 @@ def test_a_pickle_loads_in_a_process_that_imported_nothing() -> None:
     with torch.no_grad():
         expected = model(x)
     code = (
-        "import pickle, sys, torch; torch.set_num_threads(1);"
+        "import pickle, sys, torch; torch.set_num_threads(1); torch.set_grad_enabled(False);"
         "model, x, expected = pickle.load(sys.stdin.buffer);"
         "sys.exit(0 if torch.equal(model(x), expected) else 1)"
     )
