@@ -13,7 +13,7 @@ pytest.importorskip("timm", reason="the shapes are read off timm's models")
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-from gpu_shapes import MODELS, blocks
+from gpu_shapes import MODELS, AttentionShape, blocks
 
 from mnv4_kernels import tuned
 from mnv4_kernels.ops.gpu import gate, heuristics, traffic
@@ -70,6 +70,39 @@ def test_the_gate_decides_on_every_dense_convolution_with_a_product_behind_it(ba
         unfused = gate.conv_pair_plans(shape)[0]
         assert decision.plan.us <= unfused.us
         assert decision.plan.name in decision.explain()
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_the_gate_decides_on_every_attention_and_declines_what_does_not_fit(batch: int) -> None:
+    found = [(block.shape, model) for model in MODELS for block in blocks(model, batch)]
+    shapes = [shape for shape, _ in found if isinstance(shape, AttentionShape)]
+    assert len(shapes) >= 12
+    for shape in shapes:
+        keys = -(-shape.height // shape.stride) * -(-shape.width // shape.stride)
+        given = gate.AttentionShape(
+            batch, shape.channels, shape.channels, shape.height * shape.width, keys, shape.heads, shape.key_depth,
+            shape.value_depth, True,
+        )  # fmt: skip
+        for size in (2, 4):
+            plans, decision = gate.attention_plans(given, size), gate.attention(given, size)
+            assert decision.plan in plans
+            assert decision.plan.us <= plans[0].us
+            assert (len(plans) == 2) == (shape.channels <= gate.MAX_PROJECTED_OUTPUTS)
+            assert all(f"not {plan.name}: " in decision.explain() for plan in plans if plan is not decision.plan)
+
+
+def test_the_gate_decides_on_a_depthwise_convolution_with_a_product_behind_it() -> None:
+    memory_bound = gate.DepthwisePairShape(256, 96, 192, 28, 28, 3)
+    assert gate.depthwise_pair(memory_bound).plan.name == "depthwise fused"
+    computed_eight_times = gate.DepthwisePairShape(256, 512, 2048, 12, 12, 5)
+    assert gate.depthwise_pair(computed_eight_times).plan.name == "unfused"
+
+
+def test_the_gate_has_a_plan_for_a_batch_of_none() -> None:
+    assert gate.uib(UibShape(0, 64, 256, 64, 28, 28, start_kernel=3, mid_kernel=5)).plan.us == 0
+    assert gate.conv_pair(ConvPairShape(0, 64, 128, 64, 28, 28, 3)).plan.us == 0
+    assert gate.depthwise_pair(gate.DepthwisePairShape(0, 64, 128, 28, 28, 3)).plan.us == 0
+    assert gate.attention(gate.AttentionShape(0, 64, 64, 49, 16, 4, 32, 32)).plan.us == 0
 
 
 def test_a_hidden_tensor_too_wide_for_a_program_leaves_one_plan() -> None:

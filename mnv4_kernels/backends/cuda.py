@@ -100,6 +100,13 @@ def kernel(op: str) -> Callable[..., Any]:
     return implementation
 
 
+def decision(op: str, arguments: tuple[Any, ...]) -> str:
+    """What the gate says of a call: the plan that it picks, and why not each other; empty for an op with one plan."""
+    decide = getattr(importlib.import_module(f"{_OPS_PACKAGE}.{KERNELS[op]}"), "decide", None)
+    found = None if decide is None else decide(*arguments)
+    return "" if found is None else str(found.explain())
+
+
 def implementation(op: str, reference: Callable[..., Any]) -> Callable[..., Any]:
     """What the dispatcher calls for CUDA tensors: the kernel, or the reference where it declines or is turned off."""
     switches = environment.Switches([op])

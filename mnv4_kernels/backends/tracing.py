@@ -33,6 +33,13 @@ def exporting_onnx() -> bool:
     return onnx is not None and bool(onnx.is_in_onnx_export())
 
 
+def opaque_to_graphs(function: Function) -> Function:
+    """Marks `function` as one that torch.compile calls and does not look into."""
+    # what torch.compiler.disable does, which would import all of torch._dynamo
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return function
+
+
 def edited_in_graph(tensors: Iterable[torch.Tensor], holders: Iterable[object]) -> bool:
     """True if the graph that torch.compile is making writes to one of `tensors`, or to one of the `holders`.
 

@@ -137,14 +137,19 @@ class OptimizedNetwork(nn.Module):
                 found += [y] if index == last or part.tap else []
         return found
 
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return torch.device("cpu")
+
     def _check(self, x: Any) -> None:
         if not isinstance(x, torch.Tensor) or x.dim() != 4 or x.shape[1] != self.channels:
             got = f"shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
             raise ValueError(f"`x` must be a tensor [N, {self.channels}, H, W], got {got}")
         if x.dtype not in DTYPES:
             raise ValueError(f"`x` must be float32, bfloat16 or float16, got {x.dtype}")
-        if not x.is_cpu:
-            raise ValueError(f"`x` must be on the CPU, as the engine is, got {x.device}")
+        if x.device != self.device:
+            raise ValueError(f"`x` must be on {self.device}, as the network is, got {x.device}")
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("an optimized network has no gradients: call it under torch.no_grad(), or use mk.patch")
 

@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from ..backends import native
+from ..modules import leaves
 from ..modules.dropin import DropIn
 from ..modules.network import HEAD, STEM
 from ..modules.program import FEATURES, RESULT, ProgramBuilder, UnsupportedError
 from ..modules.steps import Own
+from .gpu import optimize_for_gpu
 from .network import DTYPES, OptimizedNetwork, OptimizeError, ProgramPart, TimmPart
 
 
@@ -23,15 +25,16 @@ def optimize(model: nn.Module, dtype: torch.dtype = torch.float32, *, strict: bo
     seen: optimise it again.
 
     Args:
-        model: a timm MobileNet-V4 in eval mode, classifier or features_only, on the CPU.
+        model: a timm MobileNet-V4 in eval mode, classifier or features_only, on the CPU or one CUDA device,
+            where the result runs too: on a GPU by Triton kernels, replayed as CUDA graphs.
         dtype: float32, bfloat16 or float16: how weights (and, where the processor has the
             instructions, activations) are stored; sums are float32.
         strict: raise instead of running a piece by timm's own code.
 
     Raises:
-        OptimizeError: the C++ library is missing, the model is none that the engine knows,
-            or `strict` and a piece would run by timm's own code; names the module.
-        ValueError: another dtype; a model in train mode or not on the CPU.
+        OptimizeError: the C++ library (on a GPU: Triton, or a device that it knows) is missing, the model
+            is none that the engine knows, or `strict` and a piece would run by timm's own code; names the module.
+        ValueError: another dtype; a model in train mode, or neither on the CPU nor on one CUDA device.
     """
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
@@ -39,9 +42,11 @@ def optimize(model: nn.Module, dtype: torch.dtype = torch.float32, *, strict: bo
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
     if model.training:
         raise ValueError("`model` must be in eval mode: call model.eval() first")
-    devices = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} - {"cpu"}
-    if devices:
-        raise ValueError(f"`model` must be on the CPU, got {', '.join(sorted(devices))}")
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    if len(devices) > 1 or any(device.type not in leaves.DEVICES for device in devices):
+        raise ValueError(f"`model` must be on the CPU or one CUDA device, got {', '.join(sorted(map(str, devices)))}")
+    if any(map(leaves.on_gpu, model.parameters())):
+        return optimize_for_gpu(model, dtype, strict)
     if not native.available():
         raise OptimizeError("the engine needs the C++ library: " + "; ".join(native.reasons()))
     from ..patching import patch

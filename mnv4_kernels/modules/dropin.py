@@ -36,6 +36,8 @@ HEADS = "train mode: pool and classifier are timm's modules, the convolution bet
 COMPILING_TRAINING = "torch.compile and torch.export in train mode trace timm's own path"
 COMPILING_GRADIENTS = "torch.compile with gradients enabled: the ops' graphs are made under torch.no_grad()"
 ONNX = "torch.onnx.export: ONNX has no such ops, timm's own path is exported"
+TRAINING_ON_GPU = "train mode on a GPU: the training ops run on cpu"
+EXPORTING_GPU = "torch.export of a model on a GPU traces timm's own path"
 TRACING = "torch.jit traces timm's own path"
 TRANSFORMED = "inside a torch.func transform or forward-mode AD"
 AUTOCAST = "under autocast, whose rounding timm's own path keeps"
@@ -75,11 +77,13 @@ class DropIn(nn.Module):
             obstacle = _input_obstacle(x)
             if obstacle:
                 return obstacle
+            if self.training and leaves.on_gpu(x):
+                return TRAINING_ON_GPU
         if torch._C._get_tracing_state() is not None:
             return TRACING
         if _transformed():
             return TRANSFORMED
-        if not self.training and torch.is_autocast_enabled("cpu"):
+        if not self.training and torch.is_autocast_enabled(x.device.type):
             return AUTOCAST
         return _SWITCH.obstacle()
 
@@ -108,6 +112,8 @@ class DropIn(nn.Module):
         obstacle = plan.obstacle or plan.switches.obstacle() or plan.watch.obstacle()
         if not obstacle and plan.dtype is not x.dtype:
             obstacle = f"the input is {_name(x.dtype)}, the parameters are {_name(plan.dtype)}"
+        if not obstacle and plan.device != x.device:
+            obstacle = f"the input is on {x.device}, the parameters are on {plan.device}"
         if not obstacle and torch.is_grad_enabled() and (x.requires_grad or plan.watch.wants_grad()):
             obstacle = plan.grad_obstacle()
         return plan, obstacle
@@ -131,7 +137,7 @@ class DropIn(nn.Module):
             return None
         if torch.compiler.is_exporting():
             return export_piece(self, key, x)
-        structure = _traceable(self, key, x.dtype)
+        structure = _traceable(self, key, x.dtype, x.device)
         if not structure:
             return None
         y: torch.Tensor = piece(x, self._mnv4_number, key, structure)
@@ -208,12 +214,14 @@ def _traced_obstacle(x: Any) -> str:
         if exporting_onnx():
             _say_onnx()
             return ONNX
+        if leaves.on_gpu(x):
+            return EXPORTING_GPU
         plain = x.dim() == 4 and x.is_cpu and x.dtype in leaves.DTYPES
         return AUTOCAST if torch.is_autocast_enabled("cpu") else "" if plain else _input_obstacle(x)
     # parameters are no inputs of the op: nothing would tell that they require gradients
     if torch.is_grad_enabled():
         return COMPILING_GRADIENTS
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled(x.device.type):
         return AUTOCAST
     return TRANSFORMED if _transformed() else _input_obstacle(x)
 
@@ -230,10 +238,12 @@ def _transformed() -> bool:
 
 
 @constant_in_graphs
-def _traceable(module: DropIn, key: str, dtype: torch.dtype) -> str:
+def _traceable(module: DropIn, key: str, dtype: torch.dtype, device: torch.device) -> str:
     """What the graph's op is told of `module`'s structure; empty where timm's own path must be traced."""
     plan = module._mnv4_plan(key)
-    if plan.obstacle or plan.switches.obstacle() or plan.watch.obstacle() or plan.dtype is not dtype:
+    if plan.obstacle or plan.switches.obstacle() or plan.watch.obstacle():
+        return ""
+    if plan.dtype is not dtype or plan.device != device:
         return ""
     if edited_in_graph(*plan.watch.watched()):
         return ""
@@ -249,7 +259,9 @@ def _input_obstacle(x: Any) -> str:
         return f"the input has {x.dim()} dimensions"
     if x.dtype not in leaves.DTYPES:
         return f"the input is {_name(x.dtype)}"
-    return "" if x.is_cpu else f"the input is on {x.device}; the fused ops run on cpu"
+    if x.device.type not in leaves.DEVICES:
+        return f"the input is on {x.device}; the fused ops run on cpu and cuda"
+    return ""
 
 
 def _name(dtype: torch.dtype | None) -> str:

@@ -9,6 +9,8 @@ from torch import nn
 
 from .. import ops
 from ..backends import native
+from ..ops.gpu.launch import store_tap_major
+from . import leaves
 
 
 def affine_of(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,19 +60,29 @@ def operands(
     """Folded and packed arguments of `op` for activations in `dtype`.
 
     In float32 the scale goes into the weight. In low precision that would round the
-    weight anew, so it stays outside; the packed form is float32 and has it inside.
+    weight anew, so it stays outside; the packed form is float32 and has it inside. On a GPU
+    nothing is packed, but the weight lies as the kernels read it.
     """
     packed = pack(weight, scale, op == "dwconv_bn_act")
     float_shift = None if shift is None else shift.float()
     if dtype == torch.float32:
-        return Operands(_scaled(weight, scale).float().contiguous(), None, float_shift, packed)
+        return Operands(laid_out(_scaled(weight, scale).float()), None, float_shift, packed)
     float_scale = None if scale is None or packed is not None else scale.float()
-    return Operands(weight.to(dtype).contiguous(), float_scale, float_shift, packed)
+    return Operands(laid_out(weight.to(dtype)), float_scale, float_shift, packed)
+
+
+def laid_out(weight: torch.Tensor) -> torch.Tensor:
+    """`weight` [K, C, kh, kw] dense; on a GPU with its channels adjacent, so that no call of a kernel copies it."""
+    if not leaves.on_gpu(weight):
+        return weight.contiguous()
+    if weight.shape[1] == 1 and weight.shape[2:].numel() > 1:
+        return store_tap_major(weight)
+    return weight.contiguous(memory_format=torch.channels_last)
 
 
 def pack(weight: torch.Tensor, scale: torch.Tensor | None, depthwise: bool) -> torch.Tensor | None:
-    """weight * scale in the order of the C++ microkernels; None where the library is not loaded."""
-    if not native.available():
+    """weight * scale in the order of the C++ microkernels; None on a GPU and where the library is not loaded."""
+    if leaves.on_gpu(weight) or not native.available():
         return None
     return ops.prepack(_scaled(weight, scale).float().contiguous(), depthwise)
 

@@ -55,13 +55,22 @@ ATTENTIONS: set[type[nn.Module]] = set()
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
+#: where the fused ops run
+DEVICES = frozenset(("cpu", "cuda"))
+
+
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """True for tensors that the Triton kernels serve."""
+    return tensor.is_cuda
+
+
 def tampered(module: nn.Module) -> str:
     """Why `module`'s class doesn't tell what it computes; empty: it does."""
     return "its `forward` was replaced on the instance" if "forward" in vars(module) else ""
 
 
 def tensor_reasons(module: nn.Module) -> list[str]:
-    """Why `module`'s own parameters and buffers can't be read as plain, versioned CPU tensors."""
+    """Why `module`'s own parameters and buffers can't be read as plain, versioned tensors."""
     reasons = []
     for name, value in (*module._parameters.items(), *module._buffers.items()):
         if value is None or name == "num_batches_tracked":
@@ -74,8 +83,8 @@ def tensor_reasons(module: nn.Module) -> list[str]:
             reasons.append(f"`{name}` has a single element")
         elif value.dtype not in DTYPES:
             reasons.append(f"`{name}` is {str(value.dtype).removeprefix('torch.')}")
-        elif not value.is_cpu:
-            reasons.append(f"`{name}` is on {value.device}; the fused ops run on cpu")
+        elif value.device.type not in DEVICES:
+            reasons.append(f"`{name}` is on {value.device}; the fused ops run on cpu and cuda")
     return reasons
 
 

@@ -45,7 +45,8 @@ class MultiQuery:
         """The output projection adds it."""
         return True
 
-    def _path(self, name: str) -> dict[str, Any]:
+    def path(self, name: str) -> dict[str, Any]:
+        """The modules of attention's `query`, `key`, `value` or `output`."""
         return dict(getattr(self.attention, name)._modules)
 
     def modules(self) -> list[nn.Module]:
@@ -55,18 +56,18 @@ class MultiQuery:
 
     def tensors(self) -> list[torch.Tensor | None]:
         """Norm, query, key (depthwise, norm, projection), value likewise, output, gamma."""
-        query, output = self._path("query")["proj"], self._path("output")["proj"]
+        query, output = self.path("query")["proj"], self.path("output")["proj"]
         return [
             *_statistics(self.norm),
             query.weight,
             query.bias,
-            *_down_tensors(self._path("key")),
-            self._path("key")["proj"].weight,
-            *_down_tensors(self._path("value")),
-            self._path("value")["proj"].weight,
+            *_down_tensors(self.path("key")),
+            self.path("key")["proj"].weight,
+            *_down_tensors(self.path("value")),
+            self.path("value")["proj"].weight,
             output.weight,
             output.bias,
-            _gamma(self.layer_scale),
+            gamma_of(self.layer_scale),
         ]
 
     @property
@@ -100,7 +101,7 @@ class MultiQuery:
         self, name: str, x: torch.Tensor, down: Sequence[torch.Tensor | None], project: torch.Tensor | None
     ) -> torch.Tensor:
         assert project is not None
-        modules = self._path(name)
+        modules = self.path(name)
         if "down_conv" in modules:
             conv = modules["down_conv"]
             top, bottom, left, right = _padding_of(conv, x)
@@ -112,25 +113,25 @@ class MultiQuery:
 
     def fake(self, x: torch.Tensor) -> torch.Tensor:
         """Uninitialised, like the result on `x`, whose sizes may be symbols."""
-        return empty_map(x, (x.shape[0], self._path("output")["proj"].out_channels, x.shape[2], x.shape[3]))
+        return empty_map(x, (x.shape[0], self.path("output")["proj"].out_channels, x.shape[2], x.shape[3]))
 
     def prepare(self) -> Call:
         """Reads the tensors; returns the folded and packed call."""
         attention: Any = self.attention
         heads, scale = attention.num_heads, self.scale
-        query: nn.Conv2d = self._path("query")["proj"]
-        keys, values = self._path("key"), self._path("value")
+        query: nn.Conv2d = self.path("query")["proj"]
+        keys, values = self.path("key"), self.path("value")
         norm = None if self.norm is None else folding.affine_of(self.norm)
         down = "down_conv" in keys
         project = _project(query, None if down else norm)
-        finish = _finish(self._path("output")["proj"], _gamma(self.layer_scale))
+        finish = _finish(self.path("output")["proj"], gamma_of(self.layer_scale))
         normalise = None
         if norm is not None and down:
             # the shift doesn't fold past the depthwise convolution's zero padding: normalise first, exactly
             dtype = query.weight.dtype
             normalise = [value.to(dtype).view(1, -1, 1, 1) for value in norm]
-        key = _down(keys, None if down else norm)
-        value = _down(values, None if down else norm)
+        key = path_of(keys, None if down else norm)
+        value = path_of(values, None if down else norm)
         packed = None if key.packed is None or value.packed is None else torch.cat([key.packed, value.packed])
         conv = keys.get("down_conv")
         stride, dilation = ([1, 1], [1, 1]) if conv is None else (list(conv.stride), list(conv.dilation))
@@ -221,7 +222,8 @@ def _batch_norm(x: torch.Tensor, norm: Any, tensors: Sequence[torch.Tensor | Non
     return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, norm.eps)
 
 
-def _gamma(layer_scale: Any) -> torch.Tensor | None:
+def gamma_of(layer_scale: Any) -> torch.Tensor | None:
+    """The layer scale's factors, None without."""
     return None if layer_scale is None else layer_scale.gamma
 
 
@@ -239,7 +241,8 @@ class _Down(NamedTuple):
     packed: torch.Tensor | None
 
 
-def _down(modules: dict[str, Any], norm: Affine | None) -> _Down:
+def path_of(modules: dict[str, Any], norm: Affine | None) -> _Down:
+    """A path's arguments of `kv_downsample`; `norm` is folded into them, where nothing down-samples."""
     project = modules["proj"].weight.detach()
     packed = [folding.pack(project.double(), None, False)]
     down = None
@@ -252,14 +255,19 @@ def _down(modules: dict[str, Any], norm: Affine | None) -> _Down:
     return _Down((down, scale, shift, project), torch.cat(parts) if parts else None)
 
 
-def _project(conv: nn.Conv2d, norm: Affine | None) -> Call:
-    """The query projection, with the norm before it folded into its weight and shift."""
+def projection_of(conv: nn.Conv2d, norm: Affine | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(weight, shift) of the query projection in float64, with the norm before it folded in."""
     weight = conv.weight.detach().double()
     shift = None if conv.bias is None else conv.bias.detach().double()
     if norm is not None:
         moved = weight.flatten(1) @ norm[1]
         shift = moved if shift is None else shift + moved
         weight = weight * norm[0].view(1, -1, 1, 1)
+    return weight, shift
+
+
+def _project(conv: nn.Conv2d, norm: Affine | None) -> Call:
+    weight, shift = projection_of(conv, norm)
     return pointwise_call(weight, None, shift, "none", conv.weight.dtype)
 
 

@@ -106,7 +106,7 @@ class _Network(DropIn):
         return y
 
     def _mnv4_whole(self, x: Any) -> bool:
-        """True where the forwards here may run: a plain CPU tensor, and timm's methods where they were."""
+        """True where the forwards here may run: a plain tensor, and timm's methods where they were."""
         own = self.__dict__
         replaced = "forward_features" in own or "forward_head" in own
         return not replaced and not self._mnv4_obstacle(x) and not self.grad_checkpointing

@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from ..environment import Switches
-from . import leaves
+from . import gpu, leaves
 from .steps import Call, Fused, Own, Step
 from .watch import Watch
 
@@ -64,13 +64,15 @@ class Body:
 class Plan:
     """A body made ready: folded, packed, and watched for changes."""
 
-    __slots__ = ("_call", "_differentiable", "body", "dtype", "obstacle", "switches", "watch")
+    __slots__ = ("_call", "_differentiable", "body", "device", "dtype", "obstacle", "switches", "watch")
 
     def __init__(self, body: Body) -> None:
         self.body = body
         self.watch = Watch(body.owner, body.bypassed, body.settings)
-        self.switches = Switches(op for step in body.fused for op in step.ops)
-        self.obstacle = _obstacle(body)
+        on_gpu = _on_gpu(body)
+        self.switches = Switches(gpu.ops_of(body) if on_gpu else (op for step in body.fused for op in step.ops))
+        self.obstacle = _obstacle(body) or (gpu.obstacle_of(body) if on_gpu else "")
+        self.device = None if self.obstacle else next(iter(_devices(body)))
         self.dtype = None if self.obstacle else dtype_of(body.fused)
         # a module of timm's, called again in the backward, might by then be in another mode
         self._differentiable = not body.own
@@ -114,7 +116,7 @@ def ready(body: Body) -> Run:
     """One function for a body: its steps folded and packed, called in order, and the skip."""
     # plans are made in whatever mode the first call is in, and outlive it
     with torch.inference_mode(False), torch.no_grad():
-        return in_order(body)
+        return gpu.in_order(body) if _on_gpu(body) else in_order(body)
 
 
 def in_order(body: Body) -> Run:
@@ -173,7 +175,21 @@ def _obstacle(body: Body) -> str:
     reasons = [reason for step in body.fused for module in step.modules() for reason in leaves.tensor_reasons(module)]
     if not reasons and dtype_of(body.fused) is None:
         reasons.append("convolutions of different dtypes")
+    if not reasons and len(_devices(body)) > 1:
+        reasons.append(f"parameters on {' and '.join(sorted(map(str, _devices(body))))}")
     return "; ".join(dict.fromkeys(reasons))
+
+
+def _tensors(body: Body) -> list[torch.Tensor]:
+    return [tensor for step in body.fused for tensor in step.tensors() if tensor is not None]
+
+
+def _devices(body: Body) -> set[torch.device]:
+    return {tensor.device for tensor in _tensors(body)}
+
+
+def _on_gpu(body: Body) -> bool:
+    return any(map(leaves.on_gpu, _tensors(body)))
 
 
 def dtype_of(steps: Sequence[Fused]) -> torch.dtype | None:

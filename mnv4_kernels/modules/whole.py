@@ -14,6 +14,7 @@ from torch import nn
 
 from ..backends import native
 from ..ops.engine import Engine, encode, engine_run, program_pack, program_run
+from . import leaves
 from .program import RESULT, ProgramBuilder, UnsupportedError
 from .section import Section
 from .steps import Call, Convolution, Fused
@@ -87,7 +88,7 @@ class Whole:
 
     def _builder(self) -> ProgramBuilder | None:
         stem = self.parts[0]
-        if not native.available() or not isinstance(stem, Convolution):
+        if not native.available() or not isinstance(stem, Convolution) or leaves.on_gpu(stem.conv.weight):
             return None
         builder = ProgramBuilder(stem.conv.in_channels, stem.conv.weight.dtype)
         node = 0

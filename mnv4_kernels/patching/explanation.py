@@ -10,7 +10,8 @@ from torch import nn
 
 from .. import tables
 from ..backends import native
-from ..modules import HEAD, PRE_LOGITS, STEM, DropIn
+from ..modules import HEAD, PRE_LOGITS, STEM, Body, DropIn, gpu, leaves
+from ..modules.head import Head
 from .rules import rule_of
 
 TIMM = "timm's own path"
@@ -119,15 +120,23 @@ def _explain(module: nn.Module, piece: str, title: str, cls: str, x: Any) -> Exp
     if plan is None or obstacle:
         inner = " (drop-ins inside decide for themselves)" if piece not in (STEM, HEAD, PRE_LOGITS) else ""
         return Explanation(title, cls, shape, (), "torch", f"{obstacle}{inner}")
-    steps = tuple(
-        f"{step.name}: {op}" if step.name else op for step in plan.body.fused for op in dict.fromkeys(step.ops)
-    )
+    kernel, missing, steps = _kernel(plan.body, x)
     kept = "; ".join(f"{step.name} by timm's module: {step.reason}" for step in plan.body.own)
-    kernel, missing = _kernel()
     return Explanation(title, cls, shape, steps, kernel, "; ".join(filter(None, (kept, missing))))
 
 
-def _kernel() -> tuple[str, str]:
+def _kernel(body: Body, x: torch.Tensor) -> tuple[str, str, tuple[str, ...]]:
+    """(who computes the ops, what keeps a better kernel from running, "piece: op" of each)."""
+    if leaves.on_gpu(x) and not isinstance(body.fused[0], Head):
+        titles, decisions = gpu.explain(body, x)
+        return "Triton", "; ".join(line.strip() for text in decisions for line in text.splitlines()), tuple(titles)
+    steps = tuple(f"{step.name}: {op}" if step.name else op for step in body.fused for op in dict.fromkeys(step.ops))
+    if leaves.on_gpu(x):
+        return "Triton", "", steps
+    return *_library(), steps
+
+
+def _library() -> tuple[str, str]:
     if not native.available():
         return "torch reference", "; ".join(native.reasons())
     library = native.module()

@@ -83,3 +83,14 @@ def lookup(device_name: str, key: str) -> Config | None:
         if device == device_name and key in configs:
             return configs[key]
     return _configs(shipped(device_name))[1].get(key)
+
+
+def provenance(device_name: str) -> dict[str, Any]:
+    """Where a device's tuned figures come from, its measured ceilings among it; empty where nobody tuned it."""
+    own = os.environ.get("MNV4_KERNELS_TUNED")
+    for path in [*([Path(own)] if own else []), shipped(device_name)]:
+        if path.is_file():
+            found = read(path)[0]
+            if found["device"] == device_name:
+                return found
+    return {}

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from mnv4_kernels.ops.conv_pwconv import triton_conv_pwconv
+from mnv4_kernels.ops.dwconv_pwconv import triton_dwconv_pwconv
+from mnv4_kernels.ops.mqa_projected import triton_mqa_projected
 
 ACTS = ("none", "relu", "relu6", "hard_swish", "silu", "gelu", "gelu_tanh")
 
@@ -38,3 +43,13 @@ def assert_earned(
     error = (actual.double() - expected64).abs().max().item()
     eager = (low.double() - expected64).abs().max().item()
     assert error <= 2 * (eager + band), f"error {error:.3g}, eager's {eager:.3g}, band {band:.3g}"
+
+
+@pytest.fixture(params=[True], ids=["fused"])
+def fuse(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """The gate's answer to every call of a fused op: True, unless a test's `indirect` parameter says otherwise."""
+    choice: bool = request.param
+    plan = SimpleNamespace(plan=SimpleNamespace(fuse_mid=choice))
+    for module in (triton_conv_pwconv, triton_dwconv_pwconv, triton_mqa_projected):
+        monkeypatch.setattr(module, "decide", lambda *arguments: plan)
+    return choice

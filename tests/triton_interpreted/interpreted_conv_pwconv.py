@@ -11,6 +11,8 @@ from mnv4_kernels.ops.conv_pwconv.reference import reference
 from mnv4_kernels.ops.conv_pwconv.triton_conv_pwconv import build, conv_pwconv
 from mnv4_kernels.ops.gpu.config import GemmConfig
 
+pytestmark = pytest.mark.usefixtures("fuse")
+
 
 def _check(
     x: torch.Tensor,
@@ -110,3 +112,8 @@ def test_batch_zero_gives_an_empty_result() -> None:
 
 def test_nchw_input_gives_an_nchw_result() -> None:
     assert _check(torch.randn(2, 16, 3, 5), 8).is_contiguous()
+
+
+@pytest.mark.parametrize("fuse", [False], ids=["unfused"], indirect=True)
+def test_where_the_gate_declines_a_launch_for_each_part_matches(fuse: bool) -> None:
+    _check(nhwc(2, 24, 7, 5), 40)

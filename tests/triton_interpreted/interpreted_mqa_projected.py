@@ -11,6 +11,8 @@ from mnv4_kernels.ops.mqa_projected.contract import fake
 from mnv4_kernels.ops.mqa_projected.reference import reference
 from mnv4_kernels.ops.mqa_projected.triton_mqa_projected import build, mqa_projected
 
+pytestmark = pytest.mark.usefixtures("fuse")
+
 
 def _check(
     size: tuple[int, int],
@@ -96,3 +98,8 @@ def test_batch_zero_gives_an_empty_result() -> None:
 
 def test_nchw_input_gives_an_nchw_result() -> None:
     assert _check((3, 4), 20, channels_last=False).is_contiguous()
+
+
+@pytest.mark.parametrize("fuse", [False], ids=["unfused"], indirect=True)
+def test_where_the_gate_declines_a_launch_for_each_part_matches(fuse: bool) -> None:
+    _check((3, 5), 16)

@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 
 from ..conv_bn_act import triton_conv_bn_act as dense
+from ..gpu import gate
 from ..gpu.config import GemmConfig
 from ..gpu.device import dot, output_pixels, scale_shift, store_epilogue
-from ..gpu.gate import MAX_PAIR_HIDDEN
+from ..gpu.gate import MAX_PAIR_HIDDEN, ConvPairShape, Decision
 from ..gpu.launch import (
     Launch,
     cdiv,
@@ -22,7 +23,7 @@ from ..gpu.launch import (
     next_power_of_2,
     nhwc,
 )
-from ..gpu.select import conv_pair_config
+from ..gpu.select import ceilings, conv_pair_config
 from ..layout import empty_like_conv, memory_format_of
 from ..pwconv_bn_act import triton_pwconv_bn_act as pointwise
 
@@ -104,6 +105,31 @@ def _conv_pwconv_fwd_kernel(
         store_epilogue(b_y, scale_ptr, shift_ptr, gamma_ptr, residual_ptr, y_ptr, o_m * outputs, m_m, n0, outputs, ACT)
 
 
+def decide(
+    x: torch.Tensor,
+    conv_weight: torch.Tensor,
+    conv_scale: torch.Tensor | None,
+    conv_shift: torch.Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    conv_act: str,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    act: str,
+    gamma: torch.Tensor | None,
+    residual: torch.Tensor | None,
+) -> Decision:
+    """What the gate picks for this call; it takes 'same' padding for granted, which decides no plan."""
+    outputs, hidden = weight.shape[:2]
+    shape = ConvPairShape(
+        x.shape[0], x.shape[1], hidden, outputs, x.shape[2], x.shape[3], conv_weight.shape[2], stride[0],
+        residual is not None,
+    )  # fmt: skip
+    return gate.conv_pair(shape, x.element_size(), ceilings(x.device))
+
+
 def build(
     x: torch.Tensor,  # [N, C, H, W]
     conv_weight: torch.Tensor,  # [E, C, kh, kw]
@@ -121,10 +147,14 @@ def build(
     residual: torch.Tensor | None,  # [N, K, OH, OW]
     config: GemmConfig | None = None,
     int64: bool | None = None,
+    fuse: bool = True,
 ) -> tuple[torch.Tensor, list[Launch]]:
-    """The result, in channels_last memory and not yet written, and the launches that write it."""
+    """The result, in channels_last memory and not yet written, and the launches that write it.
+
+    One launch, unless `fuse` is False or the hidden rows are too wide for a program.
+    """
     outputs, hidden = weight.shape[:2]
-    if hidden > MAX_PAIR_HIDDEN:
+    if hidden > MAX_PAIR_HIDDEN or not fuse:
         h, launches = dense.build(
             x, conv_weight, conv_scale, conv_shift, stride, padding, dilation, conv_act, int64=int64
         )
@@ -193,10 +223,11 @@ def conv_pwconv(
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
     """CUDA implementation of the op; NCHW input is converted, and the result goes back to its format."""
-    y, launches = build(
+    arguments = (
         x, conv_weight, conv_scale, conv_shift, stride, padding, dilation, conv_act, weight, scale, shift, act, gamma,
         residual,
     )  # fmt: skip
+    y, launches = build(*arguments, fuse=decide(*arguments).plan.fuse_mid)
     for launch in launches:
         launch.run()
     return in_format(y, memory_format_of(x))

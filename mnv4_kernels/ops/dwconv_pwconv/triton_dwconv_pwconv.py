@@ -8,9 +8,12 @@ import torch
 import triton
 import triton.language as tl
 
+from ..dwconv_bn_act import triton_dwconv_bn_act as depthwise
+from ..gpu import gate
 from ..gpu.config import DepthwiseGemmConfig
 from ..gpu.depthwise import depthwise_rows, output_columns
 from ..gpu.device import dot, scale_shift, store_epilogue
+from ..gpu.gate import Decision, DepthwisePairShape
 from ..gpu.launch import (
     Launch,
     cdiv,
@@ -21,8 +24,9 @@ from ..gpu.launch import (
     nhwc,
     tap_major,
 )
-from ..gpu.select import depthwise_gemm_config
-from ..layout import empty_like_conv, memory_format_of
+from ..gpu.select import ceilings, depthwise_gemm_config
+from ..layout import conv_output_size, empty_like_conv, memory_format_of
+from ..pwconv_bn_act import triton_pwconv_bn_act as pointwise
 
 
 @triton.jit
@@ -112,6 +116,32 @@ def _dwconv_pwconv_fwd_kernel(
         )
 
 
+def decide(
+    x: torch.Tensor,
+    dw_weight: torch.Tensor,
+    dw_scale: torch.Tensor | None,
+    dw_shift: torch.Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    dw_act: str,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    act: str,
+    gamma: torch.Tensor | None,
+    residual: torch.Tensor | None,
+) -> Decision:
+    """What the gate picks for this call."""
+    kernel = (dw_weight.shape[2], dw_weight.shape[3])
+    height = conv_output_size(x.shape[2], kernel[0], stride[0], padding[0], padding[1], dilation[0])
+    width = conv_output_size(x.shape[3], kernel[1], stride[1], padding[2], padding[3], dilation[1])
+    shape = DepthwisePairShape(
+        x.shape[0], x.shape[1], weight.shape[0], height, width, kernel[0], stride[0], residual is not None
+    )
+    return gate.depthwise_pair(shape, x.element_size(), ceilings(x.device))
+
+
 def build(
     x: torch.Tensor,  # [N, C, H, W]
     dw_weight: torch.Tensor,  # [C, 1, kh, kw]
@@ -130,8 +160,17 @@ def build(
     config: DepthwiseGemmConfig | None = None,
     int64: bool | None = None,
     out: torch.Tensor | None = None,
+    fuse: bool = True,
 ) -> tuple[torch.Tensor, list[Launch]]:
-    """The result, `out` or new, in channels_last memory and not yet written, and the launches that write it."""
+    """The result, `out` or new, in channels_last memory and not yet written, and the launches that write it.
+
+    One launch, or two where `fuse` is False.
+    """
+    if not fuse:
+        first = (dw_scale, dw_shift, stride, padding, dilation, dw_act)
+        h, launches = depthwise.build(x, dw_weight, *first, int64=int64)
+        y, more = pointwise.build(h, weight, scale, shift, act, gamma, residual, int64=int64, out=out)
+        return y, launches + more
     x = nhwc(x)
     channels = x.shape[1]
     kernel_size = (dw_weight.shape[2], dw_weight.shape[3])
@@ -198,9 +237,10 @@ def dwconv_pwconv(
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
     """CUDA implementation of the op; NCHW input is converted, and the result goes back to its format."""
-    y, launches = build(
-        x, dw_weight, dw_scale, dw_shift, stride, padding, dilation, dw_act, weight, scale, shift, act, gamma, residual
-    )
+    arguments = (
+        x, dw_weight, dw_scale, dw_shift, stride, padding, dilation, dw_act, weight, scale, shift, act, gamma, residual,
+    )  # fmt: skip
+    y, launches = build(*arguments, fuse=decide(*arguments).plan.fuse_mid)
     for launch in launches:
         launch.run()
     return in_format(y, memory_format_of(x))

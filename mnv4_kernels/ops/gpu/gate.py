@@ -16,6 +16,10 @@ MARGIN = 0.03
 MAX_PAIR_HIDDEN = 256
 
 
+#: Widest output that one program of `mqa_projected` accumulates.
+MAX_PROJECTED_OUTPUTS = 256
+
+
 @dataclass(frozen=True)
 class UibShape:
     """A UniversalInvertedResidual: kernel 0 where a depthwise convolution is missing; the stride is of dw_mid,
@@ -62,6 +66,35 @@ class ConvPairShape:
     def out(self) -> tuple[int, int]:
         """Height and width of the output."""
         return _ceil(self.height, self.stride), _ceil(self.width, self.stride)
+
+
+@dataclass(frozen=True)
+class DepthwisePairShape:
+    """A depthwise convolution and the 1x1 convolution behind it; the size is the depthwise convolution's output."""
+
+    batch: int
+    channels: int
+    outputs: int
+    height: int
+    width: int
+    kernel: int
+    stride: int = 1
+    residual: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Attention between its projections: `positions` queries of each head and `keys` keys an image."""
+
+    batch: int
+    channels: int
+    outputs: int
+    positions: int
+    keys: int
+    heads: int
+    key_depth: int
+    value_depth: int
+    residual: bool = False
 
 
 def _ceil(size: int, stride: int) -> int:
@@ -251,6 +284,67 @@ def conv_pair_plans(shape: ConvPairShape, element_size: int = 2, ceilings: Ceili
         step = Step("conv_pwconv", "conv + project", cost, cost.us(ceilings))
         plans.append(Plan("conv fused", (step,), False, True, shape.batch, 1))
     return plans
+
+
+def depthwise_pair_plans(
+    shape: DepthwisePairShape, element_size: int = 2, ceilings: Ceilings | None = None
+) -> list[Plan]:
+    """Two launches, and one that computes the depthwise as the product's operand."""
+    ceilings = (ceilings or Ceilings()).for_element_size(element_size)
+    out = (shape.batch, shape.channels, shape.height, shape.width)
+    m = shape.batch * shape.height * shape.width
+    first = _depthwise(out, shape.kernel, shape.stride, "depthwise", element_size, ceilings)
+    second = _pointwise(m, shape.outputs, shape.channels, shape.residual, "product", element_size, ceilings)
+    between = [m * shape.channels * element_size]
+    fused = _fused(
+        out, shape.outputs, shape.kernel, shape.stride, shape.residual, "depthwise + product", element_size, ceilings
+    )
+    return [
+        Plan(
+            "unfused", _resident([first, second], between, ceilings.l2_bytes / 2, ceilings), False, False,
+            shape.batch, 1,
+        ),
+        Plan("depthwise fused", (fused,), False, True, shape.batch, 1),
+    ]  # fmt: skip
+
+
+def attention_plans(shape: AttentionShape, element_size: int = 2, ceilings: Ceilings | None = None) -> list[Plan]:
+    """Three launches, and one where a program can hold the keys and the output of its rows."""
+    ceilings = (ceilings or Ceilings()).for_element_size(element_size)
+    processors, depth = ceilings.multiprocessors, max(shape.key_depth, shape.value_depth)
+    m, rows = shape.batch * shape.positions, shape.positions * shape.heads
+    inner = shape.heads * depth
+    query = _pointwise(m, shape.heads * shape.key_depth, shape.channels, False, "query", element_size, ceilings)
+    config = heuristics.attention(rows, shape.keys, depth, shape.batch, element_size, processors)
+    cost = traffic.attention(shape.batch, rows, shape.keys, depth, element_size, config)
+    attend = Step("mqa", "attention", cost, cost.us(ceilings))
+    output = _pointwise(
+        m, shape.outputs, shape.heads * shape.value_depth, shape.residual, "output", element_size, ceilings
+    )
+    between = [m * inner * element_size] * 2
+    steps = _resident([query, attend, output], between, ceilings.l2_bytes / 2, ceilings)
+    plans = [Plan("unfused", steps, False, False, shape.batch, 1)]
+    config = heuristics.projected_attention(shape.positions, shape.keys, depth, shape.batch, element_size, processors)
+    if shape.outputs <= MAX_PROJECTED_OUTPUTS and shape.keys <= config.keys:
+        cost = traffic.projected_attention(
+            shape.batch, shape.positions, shape.keys, shape.heads, depth, shape.channels, shape.outputs,
+            element_size, config, shape.residual,
+        )  # fmt: skip
+        step = Step("mqa_projected", "query, attention, output", cost, cost.us(ceilings))
+        plans.append(Plan("projections fused", (step,), False, True, shape.batch, 1))
+    return plans
+
+
+@lru_cache(maxsize=1024)
+def depthwise_pair(shape: DepthwisePairShape, element_size: int = 2, ceilings: Ceilings | None = None) -> Decision:
+    """The faster plan of a depthwise convolution and the product behind it."""
+    return _decide(depthwise_pair_plans(shape, element_size, ceilings))
+
+
+@lru_cache(maxsize=1024)
+def attention(shape: AttentionShape, element_size: int = 2, ceilings: Ceilings | None = None) -> Decision:
+    """The faster plan of attention between its projections."""
+    return _decide(attention_plans(shape, element_size, ceilings))
 
 
 @lru_cache(maxsize=1024)

@@ -92,7 +92,9 @@ def dot_precision(x: torch.Tensor) -> str:
     The products are exact either way.
     """
     if x.dtype == torch.float32:
-        return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+        # not `cudnn.allow_tf32`, which raises once anybody has set this newer flag
+        flags: Any = torch.backends.cudnn
+        return "tf32" if flags.conv.fp32_precision == "tf32" else "ieee"
     return "widened" if x.device.type == "cpu" else "ieee"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from ... import tuned
 from . import heuristics
 from .config import AnyConfig, AttentionConfig, Config, DepthwiseConfig, DepthwiseGemmConfig, GemmConfig, PoolConfig
+from .traffic import Ceilings
 
 #: Configs that come before the tuned ones, and the choices made meanwhile; innermost last.
 _FORCED: list[tuple[Mapping[str, Config], dict[str, Config]]] = []
@@ -46,10 +48,37 @@ def _forget() -> None:
     """Empties every cache of a choice."""
     choices: tuple[Any, ...] = (
         _device, depthwise_config, gemm_config, depthwise_gemm_config, conv_pair_config, kv_config, attention_config,
-        projected_attention_config, pool_config,
+        projected_attention_config, pool_config, ceilings,
     )  # fmt: skip
     for choice in choices:
         choice.cache_clear()
+
+
+@lru_cache(maxsize=16)
+def ceilings(device: torch.device) -> Ceilings:
+    """What the gate takes a device for: measured where a tuned file names it, else its data sheet's share.
+
+    Rates that no driver tells are an H100's, in proportion to the multiprocessors.
+    """
+    name, multiprocessors, _ = _device(device)
+    default = Ceilings()
+    part = multiprocessors / default.multiprocessors
+    if name is None:
+        return default if part == 1 else _scaled(default, part, multiprocessors)
+    found = _scaled(default, part, multiprocessors)
+    properties: Any = torch.cuda.get_device_properties(device)
+    found = replace(found, l2_bytes=getattr(properties, "L2_cache_size", default.l2_bytes))
+    # kHz, two transfers a clock; copies reach nine tenths of it on an H100
+    bits = 2e3 * getattr(properties, "memory_clock_rate", 0) * getattr(properties, "memory_bus_width", 0)
+    if bits:
+        found = replace(found, copy_gb_s=0.9 * bits / 8e9)
+    measured = tuned.provenance(name)
+    return replace(found, **{key: measured[key] for key in ("copy_gb_s", "matmul_tflop_s") if key in measured})
+
+
+def _scaled(ceilings: Ceilings, part: float, multiprocessors: int) -> Ceilings:
+    rates = ("l2_gb_s", "l1_gb_s", "matmul_tflop_s", "fma_tflop_s")
+    return replace(ceilings, multiprocessors=multiprocessors, **{key: part * getattr(ceilings, key) for key in rates})
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -53,6 +53,8 @@ class Cost:
 
         Matrix and vector operations add up: a program alternates between them.
         """
+        if not self.programs:
+            return 0.0
         share = min(1.0, self.programs / ceilings.multiprocessors)
         waves = self.programs / ceilings.multiprocessors
         if waves > 1:
@@ -209,6 +211,37 @@ def attention(batch: int, queries: int, keys: int, depth: int, element_size: int
         # scale, maximum, exponential, sum: about eight operations a score
         fma=8.0 * padded,
         programs=programs,
+    )
+
+
+def projected_attention(
+    batch: int,
+    positions: int,
+    keys: int,
+    heads: int,
+    depth: int,
+    channels: int,
+    outputs: int,
+    element_size: int,
+    config: AttentionConfig,
+    residual: bool = False,
+) -> Cost:
+    """`mqa_projected`: each program reads its rows of x, all keys and both weights, the rows once a head."""
+    tiles = batch * cdiv(positions, config.queries)
+    padded = tiles * config.queries
+    block_n = max(16, next_power_of_2(outputs))
+    block_p = max(16, config.keys)
+    x = batch * positions * channels
+    y = batch * positions * outputs * (2 if residual else 1)
+    weights = heads * depth * (channels + outputs)
+    held = keys * depth * 2
+    return Cost(
+        memory=element_size * (x + y + weights + batch * held),
+        l2=element_size * (x + y + tiles * (weights + held)),
+        l1=element_size * (x * heads + y + tiles * (weights + held)),
+        matmul=2.0 * padded * heads * depth * (channels + 2 * block_p + block_n),
+        fma=8.0 * padded * heads * block_p,
+        programs=tiles,
     )
 
 

@@ -8,8 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..gpu import gate
 from ..gpu.config import AttentionConfig
 from ..gpu.device import dot, scale_shift, store_epilogue
+from ..gpu.gate import MAX_PROJECTED_OUTPUTS, AttentionShape, Decision
 from ..gpu.launch import (
     Launch,
     cdiv,
@@ -20,13 +22,10 @@ from ..gpu.launch import (
     next_power_of_2,
     nhwc,
 )
-from ..gpu.select import projected_attention_config
+from ..gpu.select import ceilings, projected_attention_config
 from ..layout import memory_format_of
 from ..mqa import triton_mqa as attention
 from ..pwconv_bn_act import triton_pwconv_bn_act as pointwise
-
-#: Widest output that one program accumulates; a wider one takes three launches.
-MAX_OUTPUTS = 256
 
 
 @triton.jit
@@ -108,6 +107,28 @@ def _mqa_projected_fwd_kernel(
     store_epilogue(acc, None, None, gamma_ptr, residual_ptr, y_ptr, o_row, m_m, 0, outputs, "none")
 
 
+def decide(
+    x: torch.Tensor,
+    query_weight: torch.Tensor,
+    query_scale: torch.Tensor | None,
+    query_shift: torch.Tensor | None,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output_weight: torch.Tensor,
+    gamma: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    heads: int,
+    scale: float,
+) -> Decision:
+    """What the gate picks for this call."""
+    batch, channels, height, width = x.shape
+    shape = AttentionShape(
+        batch, channels, output_weight.shape[0], height * width, key.shape[1], heads, key.shape[2], value.shape[2],
+        residual is not None,
+    )  # fmt: skip
+    return gate.attention(shape, x.element_size(), ceilings(x.device))
+
+
 def build(
     x: torch.Tensor,  # [N, C, H, W]
     query_weight: torch.Tensor,  # [heads * Dk, C, 1, 1]
@@ -122,14 +143,18 @@ def build(
     scale: float,
     config: AttentionConfig | None = None,
     int64: bool | None = None,
+    fuse: bool = True,
 ) -> tuple[torch.Tensor, list[Launch]]:
-    """The result, in channels_last memory and not yet written, and the launches that write it."""
+    """The result, in channels_last memory and not yet written, and the launches that write it.
+
+    One launch; three where `fuse` is False or a program can't hold the keys or the outputs.
+    """
     x = nhwc(x)
     batch, channels, height, width = x.shape
     outputs, keys, positions = output_weight.shape[0], key.shape[1], height * width
     key_depth, value_depth = key.shape[2], value.shape[2]
     config = config or projected_attention_config(positions, keys, key_depth, batch, x.dtype, x.device)
-    if outputs > MAX_OUTPUTS or keys > config.keys:
+    if not fuse or outputs > MAX_PROJECTED_OUTPUTS or keys > config.keys:
         query, first = pointwise.build(x, query_weight, query_scale, query_shift, "none", None, None, int64=int64)
         mixed, second = attention.build(query, key, value, heads, scale, int64=int64)
         y, third = pointwise.build(mixed, output_weight, None, None, "none", gamma, residual, int64=int64)
@@ -177,9 +202,8 @@ def mqa_projected(
     scale: float,
 ) -> torch.Tensor:
     """CUDA implementation of the op; NCHW input is converted, and the result goes back to its format."""
-    y, launches = build(
-        x, query_weight, query_scale, query_shift, key, value, output_weight, gamma, residual, heads, scale
-    )
+    arguments = (x, query_weight, query_scale, query_shift, key, value, output_weight, gamma, residual, heads, scale)
+    y, launches = build(*arguments, fuse=decide(*arguments).plan.fuse_mid)
     for launch in launches:
         launch.run()
     return in_format(y, memory_format_of(x))

@@ -14,7 +14,11 @@ from .owners import owner_of
 
 # `structure` is the owner's repr, hashed: caches on disk know a graph by its text, and a number means
 # another module in another process
-LIBRARY.define("piece(Tensor x, int owner, str key, str structure) -> Tensor", tags=(torch.Tag.flexible_layout,))
+# and a replay of recorded launches would not see that a parameter changed
+LIBRARY.define(
+    "piece(Tensor x, int owner, str key, str structure) -> Tensor",
+    tags=(torch.Tag.flexible_layout, torch.Tag.cudagraph_unsafe),
+)
 
 
 def _run(x: torch.Tensor, owner: int, key: str, structure: str) -> torch.Tensor:

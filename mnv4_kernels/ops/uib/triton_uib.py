@@ -7,8 +7,9 @@ import torch
 from ..dwconv_bn_act import triton_dwconv_bn_act as depthwise
 from ..dwconv_pwconv import triton_dwconv_pwconv as fused
 from ..gpu import gate
-from ..gpu.gate import Plan, UibShape
+from ..gpu.gate import Decision, Plan, UibShape
 from ..gpu.launch import Launch, in_format, nhwc
+from ..gpu.select import ceilings
 from ..layout import memory_format_of
 from ..pwconv_bn_act import triton_pwconv_bn_act as pointwise
 from .contract import fake, output_size
@@ -38,6 +39,35 @@ def shape_of(
         mid_stride=1 if mid_weight is None else mid_stride[0],
         residual=residual,
     )
+
+
+def decide(
+    x: torch.Tensor,
+    start_weight: torch.Tensor | None,
+    start_scale: torch.Tensor | None,
+    start_shift: torch.Tensor | None,
+    start_stride: list[int],
+    start_padding: list[int],
+    start_dilation: list[int],
+    expand_weight: torch.Tensor,
+    expand_scale: torch.Tensor | None,
+    expand_shift: torch.Tensor | None,
+    mid_weight: torch.Tensor | None,
+    mid_scale: torch.Tensor | None,
+    mid_shift: torch.Tensor | None,
+    mid_stride: list[int],
+    mid_padding: list[int],
+    mid_dilation: list[int],
+    act: str,
+    project_weight: torch.Tensor,
+    project_scale: torch.Tensor | None,
+    project_shift: torch.Tensor | None,
+    gamma: torch.Tensor | None,
+    residual: bool,
+) -> Decision:
+    """What the gate picks for this call."""
+    shape = shape_of(x, start_weight, start_stride, expand_weight, mid_weight, mid_stride, project_weight, residual)
+    return gate.uib(shape, x.element_size(), ceilings(x.device))
 
 
 def build(
@@ -76,8 +106,11 @@ def build(
     if y.numel() == 0:
         return y, []
     if plan is None:
-        shape = shape_of(x, start_weight, start_stride, expand_weight, mid_weight, mid_stride, project_weight, residual)
-        plan = gate.uib(shape, x.element_size()).plan
+        plan = decide(
+            x, start_weight, start_scale, start_shift, start_stride, start_padding, start_dilation,
+            expand_weight, expand_scale, expand_shift, mid_weight, mid_scale, mid_shift, mid_stride, mid_padding,
+            mid_dilation, act, project_weight, project_scale, project_shift, gamma, residual,
+        ).plan  # fmt: skip
     start = (start_scale, start_shift, start_stride, start_padding, start_dilation, "none")
     expand = (expand_weight, expand_scale, expand_shift, act, None)
     mid = (mid_scale, mid_shift, mid_stride, mid_padding, mid_dilation, act)
