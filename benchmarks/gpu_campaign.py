@@ -1,53 +1,74 @@
-"""Everything that a GPU is needed for, in one call: tests, ceilings, tuning, kernels, models.
+"""Everything that a GPU is needed for, in a few calls of less than ten minutes, the most valuable first.
 
-    python benchmarks/gpu_campaign.py --output campaign.json --minutes 9
-    python benchmarks/gpu_campaign.py --output campaign.json --sections kernels models
+    python benchmarks/gpu_campaign.py                                # all stages, as far as nine minutes go
+    python benchmarks/gpu_campaign.py --resume campaign.json         # goes on where an earlier file stops
+    python benchmarks/gpu_campaign.py --stages ours baseline --models conv_small
+    python benchmarks/gpu_campaign.py --dry-run                      # the control flow, without a device
 
-Each section writes its part of the file as it goes; a section that fails leaves its error there and the rest
-runs on, and a second call goes on where the first was cut off. Winners go to `mnv4_kernels/tuned`.
+Results go to `campaign.json` in $OUT, or in --out, row by row. A stage runs in a process of its own: a kernel that
+raises leaves its error in its row; one that kills the process or hangs is noted as such, and the stage goes on
+behind it in a new process. Tuned configs go to `tuned.json` beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
-import statistics
+import shutil
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from gpu_shapes import MODELS, Block, UibShape, blocks, calls, uib_arguments
-
-from mnv4_kernels import tuned
-from mnv4_kernels.ops._contract import REFERENCES
-from mnv4_kernels.ops.gpu import gate, tune
-from mnv4_kernels.ops.gpu.traffic import Ceilings
+from gpu_shapes import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+#: runs one stage
+WORKER = ROOT / "benchmarks" / "gpu_worker.py"
+
+#: what a worker exits with when the device no longer answers it, and when the clock stopped it between two rows
+POISONED, LATE = 3, 4
 
 
-class Campaign:
-    """The output file, the clock, and what every section needs."""
+@dataclass(frozen=True)
+class Stage:
+    """One part of the campaign."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.path: Path = arguments.output
-        self.arguments = arguments
-        self.deadline = time.monotonic() + 60 * arguments.minutes
-        self.data: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
-        self.data["provenance"] = provenance()
-        self.flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+    name: str
+    #: share of a call that it may take, in minutes; what a stage leaves over is the next one's
+    minutes: float
+    #: a row that takes longer than this is given up, in seconds
+    row_limit: float = 60.0
 
-    def late(self) -> bool:
-        """True once the time is up."""
-        return time.monotonic() > self.deadline
+
+#: In the order of their value.
+STAGES = (
+    Stage("ceilings", 0.5),
+    # in all processors at once; without it every first launch compiles alone
+    Stage("precompile", 2.5, 150.0),
+    Stage("correctness", 2.5),
+    Stage("depthwise", 1.5),
+    Stage("ours", 2.5, 120.0),
+    Stage("baseline", 9.0, 420.0),
+    Stage("kernels", 2.0),
+    Stage("plans", 2.0),
+    Stage("tests", 4.0, 240.0),
+    Stage("sanitizer", 2.5, 150.0),
+    Stage("sweep", 6.0, 120.0),
+)
+
+
+class Results:
+    """The campaign's file: {section: {key: row}}, always whole on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
 
     def save(self) -> None:
         """Writes the file whole, so that a cut never leaves half of one."""
@@ -56,244 +77,168 @@ class Campaign:
         partial.replace(self.path)
 
     def rows(self, section: str) -> dict[str, Any]:
-        """{key: row} of a section, kept between calls."""
+        """{key: row} of a section."""
         found: dict[str, Any] = self.data.setdefault(section, {})
         return found
 
-    def time(self, run: Callable[[], Any], repeats: int = 50) -> dict[str, float]:
-        """Median and minimum microseconds with a cold L2."""
-        run()
-        torch.cuda.synchronize()
-        times = []
-        for _ in range(repeats):
-            self.flush.zero_()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) * 1000)
-        return {"median_us": round(statistics.median(times), 2), "min_us": round(min(times), 2)}
+    def begin(self, section: str, key: str) -> None:
+        """Notes what runs now, for whoever finds the process dead."""
+        self.data["running"] = [section, key]
+        self.save()
+
+    def end(self, section: str, key: str, row: dict[str, Any]) -> None:
+        """Notes what came out."""
+        self.data.pop("running", None)
+        self.rows(section)[key] = row
+        self.save()
+
+    def bury(self, reason: str) -> bool:
+        """Gives the row that was running this reason as its error; False: none was."""
+        running = self.data.pop("running", None)
+        if running is not None:
+            self.rows(running[0])[running[1]] = {"error": reason}
+        self.save()
+        return running is not None
+
+    def errors(self) -> list[tuple[str, str]]:
+        """(section/key, error) of each row that failed."""
+        sections = [(name, rows) for name, rows in self.data.items() if isinstance(rows, dict)]
+        return [
+            (f"{name}/{key}", row["error"])
+            for name, rows in sections
+            for key, row in rows.items()
+            if isinstance(row, dict) and "error" in row
+        ]
 
 
-def provenance() -> dict[str, Any]:
-    """Where and how this was measured."""
-    import timm
-    import triton
-
+def provenance(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Where and how this was measured; the worker adds the device."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     return {
         "command": " ".join(["python", "benchmarks/gpu_campaign.py", *sys.argv[1:]]),
         "commit": commit.stdout.strip() or "not a git checkout",
         "date": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
-        "device": torch.cuda.get_device_name(),
         "python": platform.python_version(),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__, "timm": timm.__version__},
+        "dry_run": arguments.dry_run,
     }
 
 
-def tests(campaign: Campaign) -> None:
-    """The tests marked `gpu`."""
-    seconds = max(30, int(campaign.deadline - time.monotonic()))
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
-    campaign.data["tests"] = {"status": done.returncode, "tail": done.stdout[-4000:]}
-
-
-def ceilings(campaign: Campaign) -> None:
-    """A large copy, a copy within L2, and a large matrix product."""
-    large = torch.empty(2**30, dtype=torch.int8, device="cuda")
-    other = torch.empty_like(large)
-    us = campaign.time(lambda: other.copy_(large))["median_us"]
-    found = {"copy_gb_s": round(2 * large.numel() / us / 1e3, 1)}
-    within = large[: 8 * 2**20]
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(200):
-        other[: within.numel()].copy_(within)
-    end.record()
-    end.synchronize()
-    found["l2_gb_s"] = round(200 * 2 * within.numel() / (begin.elapsed_time(end) * 1e6), 1)
-    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    us = campaign.time(lambda: a @ b)["median_us"]
-    found["matmul_tflop_s"] = round(2 * 8192**3 / us / 1e6, 1)
-    campaign.data["ceilings"] = found
-
-
-def _cases(campaign: Campaign) -> list[tuple[str, Block, int, str]]:
-    arguments = campaign.arguments
-    return [
-        (model, block, batch, dtype)
-        for dtype in arguments.dtypes
-        for batch in arguments.batches
-        for model in arguments.models
-        for block in blocks(model, batch)
-    ]
-
-
-def sweep(campaign: Campaign) -> None:
-    """Tunes every choice of the models' ops; resumes from the tuned file."""
-    measured = campaign.data.get("ceilings")
-    if not measured:
-        raise RuntimeError("run the section `ceilings` first: a tuned file names them")
-    path = tuned.shipped(torch.cuda.get_device_name())
-    where, failures = campaign.data["provenance"], campaign.rows("sweep").setdefault("failures", [])
-    for _, block, _, dtype in _cases(campaign):
-        if campaign.late():
-            break
-        made = [(call.op, call.arguments) for call in calls(block, DTYPES[dtype], "cuda")]
-        failures += tune.tune(
-            made,
-            path,
-            command=where["command"],
-            commit=where["commit"],
-            ceilings=(measured["copy_gb_s"], measured["matmul_tflop_s"]),
-            stop=campaign.late,
+def supervise(stage: Stage, arguments: argparse.Namespace, deadline: float) -> str:
+    """Runs a stage in processes of its own until it is done or its time is up; returns how it ended."""
+    path = arguments.out / "campaign.json"
+    command = [sys.executable, str(WORKER), *worker_arguments(stage, arguments)]
+    while time.monotonic() < deadline:
+        worker = subprocess.Popen(
+            [*command, "--seconds", str(deadline - time.monotonic())], cwd=ROOT, env=environment(arguments)
         )
-        campaign.save()
+        reason = watch(worker, path, min(arguments.row_limit or stage.row_limit, stage.row_limit), deadline)
+        if not reason:
+            return "out of time" if worker.returncode == LATE else "done"
+        # the row is noted and not tried again; without one the stage itself can't run
+        if not Results(path).bury(reason):
+            return reason
+    return "out of time"
 
 
-def kernels(campaign: Campaign) -> None:
-    """Every op call of the models: error against the reference, time, bytes per second, the reference's time."""
-    rows = campaign.rows("kernels")
-    for model, block, batch, dtype in _cases(campaign):
-        for call in calls(block, DTYPES[dtype], "cuda"):
-            key = f"{model}/b{batch}/{dtype}/{call.role}/{call.op}"
-            if key in rows or campaign.late():
-                continue
-            result, launches, choices = tune.build((call.op, call.arguments), {})
-            run = [launch.run for launch in launches]
-            for launch in run:
-                launch()
-            expected = REFERENCES[call.op](*call.arguments)
-            pairs = list(zip(result, expected, strict=True)) if isinstance(result, tuple) else [(result, expected)]
-            scale = max(float(wanted.abs().max()) for _, wanted in pairs) + 1e-12
-            error = max(float((found - wanted).abs().max()) for found, wanted in pairs) / scale
-            tensors = [value for value in (*call.arguments, *(found for found, _ in pairs)) if torch.is_tensor(value)]
-            timing = campaign.time(lambda run=run: [launch() for launch in run])
-            least = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-            rows[key] = {
-                **timing,
-                "relative_error": error,
-                "least_bytes": least,
-                "gb_s": round(least / timing["median_us"] / 1e3, 1),
-                "configs": {name: str(config) for name, config in choices.items()},
-                "eager": campaign.time(lambda call=call: REFERENCES[call.op](*call.arguments), 10),
-            }
-            campaign.save()
+def watch(worker: subprocess.Popen[bytes], path: Path, row_limit: float, deadline: float) -> str:
+    """Waits for a worker; returns why it had to be replaced, empty where it ended by itself."""
+    changed, seen = time.monotonic(), _stamp(path)
+    while worker.poll() is None:
+        time.sleep(0.05)
+        now = time.monotonic()
+        if _stamp(path) != seen:
+            changed, seen = now, _stamp(path)
+        # a worker looks at the clock between rows: this is for one that can't
+        if now > deadline + 10 or now - changed > row_limit:
+            worker.kill()
+            worker.wait()
+            return f"no answer for {now - changed:.0f} s; the process was ended"
+    if worker.returncode in (0, 1, LATE):
+        return ""
+    return "the device no longer answered" if worker.returncode == POISONED else f"died with {worker.returncode}"
 
 
-def plans(campaign: Campaign) -> None:
-    """The gate against the clock: every plan of each distinct block, predicted and measured."""
-    from mnv4_kernels.ops.uib.triton_uib import build
-
-    rows = campaign.rows("plans")
-    measured = Ceilings(**campaign.data.get("ceilings", {}))
-    for model, block, _, dtype in _cases(campaign):
-        if not isinstance(block.shape, UibShape):
-            continue
-        key = f"{dtype}/{json.dumps(asdict(block.shape))}"
-        if key in rows or campaign.late():
-            continue
-        arguments = uib_arguments(block.shape, block.act, DTYPES[dtype], "cuda")
-        found = {}
-        for plan in gate.uib_plans(block.shape, DTYPES[dtype].itemsize, measured):
-            run = [launch.run for launch in build(*arguments, plan=plan)[1]]
-            timing = campaign.time(lambda run=run: [launch() for launch in run], 20)
-            found[plan.name] = {**timing, "predicted_us": round(plan.us, 1), "launches": plan.launches}
-        chosen = gate.uib(block.shape, DTYPES[dtype].itemsize, measured).plan.name
-        rows[key] = {"first_seen": f"{model} {block.name}", "chosen": chosen, "plans": found}
-        campaign.save()
+def _stamp(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
-def models(campaign: Campaign) -> None:
-    """Whole models, graph replay: eager, channels_last, `torch.compile(max-autotune)`, ours."""
-    import timm
-
-    import mnv4_kernels as mk
-
-    rows = campaign.rows("models")
-    arguments = campaign.arguments
-    for dtype in arguments.dtypes:
-        for batch in arguments.batches:
-            for name in arguments.models:
-                key = f"{name}/b{batch}/{dtype}"
-                if key in rows or campaign.late():
-                    continue
-                net = timm.create_model(f"mobilenetv4_{name}").eval().cuda().to(DTYPES[dtype])
-                size = net.default_cfg["input_size"][-1]
-                x = torch.randn(batch, 3, size, size, device="cuda", dtype=DTYPES[dtype])
-                nhwc = x.contiguous(memory_format=torch.channels_last)
-                row: dict[str, Any] = {}
-                with torch.no_grad():
-                    row["eager"] = campaign.time(lambda net=net, x=x: net(x), 10)
-                    net = net.to(memory_format=torch.channels_last)
-                    expected = net(nhwc)
-                    row["channels_last"] = campaign.time(lambda net=net, x=nhwc: net(x), 10)
-                    compiled = torch.compile(net, mode="max-autotune")
-                    row["compiled"] = campaign.time(lambda run=compiled, x=nhwc: run(x))
-                    mk.patch(net)
-                    row["ours"] = campaign.time(_replay(net, nhwc))
-                    scale = float(expected.abs().max()) + 1e-12
-                    row["relative_error"] = float((net(nhwc) - expected).abs().max()) / scale
-                rows[key] = row
-                campaign.save()
+def worker_arguments(stage: Stage, arguments: argparse.Namespace) -> list[str]:
+    """What the worker of a stage is called with."""
+    found = ["--stage", stage.name, "--out", str(arguments.out), "--models", *arguments.models]
+    found += ["--batches", *map(str, arguments.batches), "--dtypes", *arguments.dtypes]
+    if arguments.size:
+        found += ["--size", str(arguments.size)]
+    return [*found, "--dry-run"] if arguments.dry_run else found
 
 
-def _replay(net: torch.nn.Module, x: torch.Tensor) -> Callable[[], None]:
-    """Replay of the model's launches as one CUDA graph."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            net(x)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        net(x)
-    return graph.replay
+def environment(arguments: argparse.Namespace) -> dict[str, str]:
+    """The worker's environment: this checkout, and the configs that were tuned so far."""
+    paths = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+    found = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    if (arguments.out / "tuned.json").exists():
+        found["MNV4_KERNELS_TUNED"] = str(arguments.out / "tuned.json")
+    return found
 
 
-SECTIONS: dict[str, Callable[[Campaign], None]] = {
-    "ceilings": ceilings,
-    "tests": tests,
-    "kernels": kernels,
-    "plans": plans,
-    "models": models,
-    "sweep": sweep,
-}
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [stage.name for stage in STAGES]
+    default = Path(os.environ.get("OUT", "gpu_campaign"))
+    parser.add_argument("--out", type=Path, default=default, help="folder of the results; $OUT where it is set")
+    parser.add_argument("--resume", type=Path, nargs="*", default=[], help="files of an earlier call to go on from")
+    parser.add_argument("--retry", action="store_true", help="try rows again that failed in an earlier call")
+    parser.add_argument("--stages", nargs="+", default=names, choices=names)
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS,
+        default=["conv_small", "conv_medium", "hybrid_medium", "conv_large", "hybrid_large"],
+    )  # fmt: skip
+    parser.add_argument("--batches", nargs="+", type=int, default=[256, 1])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--size", type=int, help="of the images; timm's own for each model by default")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for this call")
+    parser.add_argument("--row-limit", type=float, help="seconds after which a row is given up")
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, by the references, with a made-up clock")
+    return parser.parse_args(arguments)
 
 
 def main() -> int:
-    """Runs the sections; 1 if one of them failed, 2 without a device."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=SECTIONS)
-    parser.add_argument("--models", nargs="+", default=["conv_small", "conv_medium", "hybrid_medium"], choices=MODELS)
-    parser.add_argument("--batches", nargs="+", type=int, default=[256, 1, 32])
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=DTYPES)
-    parser.add_argument("--minutes", type=float, default=9.0)
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("a CUDA device is needed; `gpu_offline.py` and `gpu_predictions.py` work without", file=sys.stderr)
-        return 2
-    campaign = Campaign(arguments)
-    failed = 0
-    for name in arguments.sections:
-        if campaign.late():
-            print(f"{name}: no time left; call again to go on")
-            continue
+    """Runs the stages; 1 if a row or a stage failed, 2 without a device."""
+    arguments = parse()
+    if not arguments.dry_run:
+        import torch
+
+        if not torch.cuda.is_available():
+            print("a CUDA device is needed, or --dry-run", file=sys.stderr)
+            return 2
+    arguments.out = arguments.out.resolve()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for earlier in arguments.resume:
+        shutil.copyfile(earlier, arguments.out / ("tuned.json" if "tuned" in earlier.name else "campaign.json"))
+    results = Results(arguments.out / "campaign.json")
+    results.bury("an earlier call ended here")
+    if arguments.retry:
+        for name, _ in results.errors():
+            section, _, key = name.partition("/")
+            del results.data[section][key]
+    results.data.setdefault("calls", []).append(provenance(arguments))
+    results.save()
+    end, spare = time.monotonic() + 60 * arguments.minutes, 0.0
+    failed = False
+    for stage in (stage for stage in STAGES if stage.name in arguments.stages):
         begin = time.monotonic()
-        try:
-            SECTIONS[name](campaign)
-            campaign.data.get("errors", {}).pop(name, None)
-        # one broken section must not cost the others
-        except Exception:
-            failed = 1
-            campaign.data.setdefault("errors", {})[name] = traceback.format_exc()
-            print(traceback.format_exc(), file=sys.stderr)
-        campaign.save()
-        print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
-    return failed
+        deadline = min(end, begin + 60 * stage.minutes + spare)
+        outcome = supervise(stage, arguments, deadline)
+        took = time.monotonic() - begin
+        spare = max(0.0, deadline - time.monotonic())
+        failed |= outcome not in ("done", "out of time")
+        results = Results(results.path)
+        results.data["calls"][-1].setdefault("stages", {})[stage.name] = {"outcome": outcome, "seconds": round(took, 1)}
+        results.save()
+        print(f"{stage.name}: {outcome} after {took:.0f} s", flush=True)
+    for name, error in results.errors():
+        print(f"{name}: {error.strip().splitlines()[-1]}", file=sys.stderr)
+    return int(failed or bool(results.errors()))
 
 
 if __name__ == "__main__":

@@ -87,8 +87,10 @@ def test_the_gate_decides_on_every_attention_and_declines_what_does_not_fit(batc
             plans, decision = gate.attention_plans(given, size), gate.attention(given, size)
             assert decision.plan in plans
             assert decision.plan.us <= plans[0].us
-            assert (len(plans) == 2) == (shape.channels <= gate.MAX_PROJECTED_OUTPUTS)
-            assert all(f"not {plan.name}: " in decision.explain() for plan in plans if plan is not decision.plan)
+            # in float32 the 144 keys of hybrid_large don't fit beside the outputs either
+            fits = shape.channels <= gate.MAX_PROJECTED_OUTPUTS and (size == 2 or keys <= 64)
+            assert (len(plans) == 2) == fits
+            assert all(f"not {plan.name}: " in decision.explain() for plan in plans if plan != decision.plan)
 
 
 def test_the_gate_decides_on_a_depthwise_convolution_with_a_product_behind_it() -> None:

@@ -13,6 +13,7 @@ import importlib
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from datetime import date
 from functools import partial
 from itertools import product
@@ -88,6 +89,43 @@ def candidates(config: Config) -> list[Config]:
     else:
         found = (PoolConfig(4, 1, positions, channels) for positions, channels in product((4, 8, 16, 32), (16, 32, 64)))
     return [config, *(other for other in found if other != config)]
+
+
+#: fields of a config that are halved and doubled, and the least and the most that they may be
+_STEPS = {
+    "warps": (2, 16),
+    "rows": (1, 8),
+    "columns": (4, 256),
+    "channels": (16, 128),
+    "block_m": (16, 256),
+    "block_n": (16, 256),
+    "block_k": (16, 128),
+    "queries": (16, 128),
+    "tiles": (1, 16),
+    "keys": (16, 512),
+    "positions": (2, 64),
+}
+
+
+def neighbours(config: Config) -> list[Config]:
+    """The configs that differ in one field by one step: half, twice, one stage more or less."""
+    found = []
+    for name, value in asdict(config).items():
+        if name in _STEPS:
+            least, most = _STEPS[name]
+            values = [step for step in (value // 2, value * 2) if least <= step <= most]
+        elif name == "stages" and isinstance(config, GemmConfig):
+            values = [step for step in (value - 1, value + 1) if 1 <= step <= 5]
+        else:
+            values = []
+        found += [replace(config, **{name: step}) for step in values]
+    return found
+
+
+def note(path: Path, key: str, config: Config, us: float, provenance: dict[str, Any]) -> None:
+    """Adds one winner to a tuned file."""
+    found = {key: (config, us) for key, config, us in tuned.rows(path)} if path.is_file() else {}
+    tuned.write(path, provenance, {**found, key: (config, us)})
 
 
 def build(call: Call, configs: dict[str, Config]) -> tuple[Any, list[Launch], dict[str, Config]]:

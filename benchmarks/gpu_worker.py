@@ -1,0 +1,499 @@
+"""One stage of `gpu_campaign.py`, in a process that a kernel may kill."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_campaign import LATE, POISONED, ROOT, Results
+from gpu_device import Gpu, MadeUp
+from gpu_shapes import Call, UibShape, blocks, calls, compiles_as, launches, uib_arguments
+
+from mnv4_kernels.ops._contract import REFERENCES
+from mnv4_kernels.ops.gpu import gate, tune
+from mnv4_kernels.ops.gpu.config import Config
+from mnv4_kernels.ops.gpu.traffic import Ceilings
+
+#: (key, what makes its row)
+Rows = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
+
+#: error of a kernel relative to the largest value, against float32 or float64 sums
+TOLERANCE = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 2**-8}
+
+#: smaller models whose calls are checked in every dtype
+SMALL = ("conv_small_035", "hybrid_medium_075")
+
+
+class Work:
+    """What every stage needs."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.gpu: Any = MadeUp() if arguments.dry_run else Gpu()
+        self.results = Results(arguments.out / "campaign.json")
+        self.deadline = time.monotonic() + arguments.seconds
+        self.dtypes = [getattr(torch, name) for name in arguments.dtypes]
+
+    def late(self) -> bool:
+        """True once the time is up."""
+        return time.monotonic() > self.deadline
+
+    def cases(self) -> Iterator[tuple[str, int, torch.dtype]]:
+        """(model, batch, dtype), the models in their order, then the batches."""
+        for dtype in self.dtypes:
+            for model in self.arguments.models:
+                for batch in self.arguments.batches:
+                    yield model, batch, dtype
+
+    def calls(self) -> Iterator[tuple[str, Call, torch.dtype]]:
+        """(key, call, dtype) of every distinct op call of the cases."""
+        seen = set()
+        for model, batch, dtype in self.cases():
+            for block in blocks(model, batch, self.arguments.size):
+                for call in calls(block, dtype, self.gpu.device):
+                    key = f"{call.op}/{name_of(dtype)}/{signature(call)}"
+                    if key not in seen:
+                        seen.add(key)
+                        yield key, call, dtype
+
+    def copy_gb_s(self) -> float:
+        """The ceiling that was measured, else the one that is assumed."""
+        row = self.results.rows("ceilings").get("copy", {})
+        return float(row.get("gb_s", Ceilings().copy_gb_s))
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """bfloat16, not torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def signature(call: Call) -> str:
+    """Shapes and settings of a call, short enough for a key."""
+    parts = []
+    for value in call.arguments:
+        if torch.is_tensor(value):
+            parts.append("x".join(map(str, value.shape)))
+        elif value is None:
+            parts.append("-")
+        else:
+            parts.append("".join(map(str, value)) if isinstance(value, list) else str(value))
+    return ",".join(parts)
+
+
+def ceilings(work: Work) -> Rows:
+    """Copies through memory and within L2, a matrix product, a launch inside a graph."""
+    gpu = work.gpu
+    size = 2**22 if work.arguments.dry_run else 2**30
+
+    def copy() -> dict[str, Any]:
+        source = torch.empty(size, dtype=torch.int8, device=gpu.device)
+        target = torch.empty_like(source)
+        timing = gpu.time(lambda: target.copy_(source))
+        return {**timing, "gb_s": round(2 * size / timing["median_us"] / 1e3, 1)}
+
+    def within_l2() -> dict[str, Any]:
+        part = size // 128
+        source, target = (torch.empty(part, dtype=torch.int8, device=gpu.device) for _ in range(2))
+        us = gpu.together(lambda: target.copy_(source), 200)
+        return {"us": round(us, 2), "gb_s": round(2 * part / us / 1e3, 1)}
+
+    def product() -> dict[str, Any]:
+        side = 64 if work.arguments.dry_run else 8192
+        a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=gpu.device) for _ in range(2))
+        timing = gpu.time(lambda: a @ b)
+        return {**timing, "tflop_s": round(2 * side**3 / timing["median_us"] / 1e6, 1)}
+
+    def launch() -> dict[str, Any]:
+        x = torch.zeros(1, device=gpu.device)
+        run = gpu.replay(lambda: [x.add_(1) for _ in range(100)])
+        return {"us": round(gpu.together(run, 20) / 100, 3)}
+
+    def device() -> dict[str, Any]:
+        import timm
+        import triton
+
+        versions = {"torch": torch.__version__, "triton": triton.__version__, "timm": timm.__version__}
+        return {"name": gpu.name, "capability": gpu.capability, "multiprocessors": gpu.multiprocessors, **versions}
+
+    yield "device", device
+    yield "copy", copy
+    yield "copy within L2", within_l2
+    yield "matrix product", product
+    yield "launch", launch
+
+
+def compiled(case: tuple[str, int, str, int | None], capability: int, processors: int) -> tuple[int, list[str]]:
+    """Compiles every binary of a case into Triton's cache on disk; (how many, what failed)."""
+    from mnv4_kernels.ops.gpu.offline import compile_launch
+    from mnv4_kernels.ops.gpu.select import assume
+
+    model, batch, dtype, size = case
+    seen, failures = set(), []
+    with assume(capability, processors):
+        for block in blocks(model, batch, size):
+            for call in calls(block, getattr(torch, dtype), "meta"):
+                for launch in launches(call):
+                    if compiles_as(launch) in seen:
+                        continue
+                    seen.add(compiles_as(launch))
+                    try:
+                        compile_launch(launch, capability)
+                    # one kernel that does not compile must not cost the others
+                    except Exception as error:
+                        failures.append(f"{launch.kernel.__name__} {launch.config}: {error}")
+    return len(seen), failures
+
+
+def precompile(work: Work) -> Rows:
+    """Triton's compiler in all processors: what later stages launch lies in its cache."""
+    cases = [(model, batch, name_of(dtype), work.arguments.size) for model, batch, dtype in work.cases()]
+    cases += [(model, 17, dtype, 128) for dtype in ("float16", "float32", "bfloat16") for model in SMALL]
+    if work.arguments.dry_run:
+        cases = []
+
+    def all_of_them() -> dict[str, Any]:
+        found, failures = 0, []
+        # not forked: children of a process that has used CUDA can't
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+            waiting = [pool.submit(compiled, case, work.gpu.capability, work.gpu.multiprocessors) for case in cases]
+            for future in waiting:
+                count, failed = future.result()
+                found, failures = found + count, failures + failed
+                # the supervisor takes a file that changes for a worker that lives
+                work.results.save()
+        if failures:
+            raise RuntimeError(f"{len(failures)} of {found} binaries do not compile:\n" + "\n".join(failures[:20]))
+        return {"binaries": found}
+
+    yield "heuristic configs", all_of_them
+
+
+def disagreement(call: Call, result: Any, wide: torch.dtype) -> float:
+    """The largest error of `result` against the reference in `wide`, relative to the largest value."""
+    flags: Any = torch.backends.cudnn
+    before, flags.conv.fp32_precision = flags.conv.fp32_precision, "ieee"
+    try:
+        values = [v.to(wide) if torch.is_tensor(v) and v.is_floating_point() else v for v in call.arguments]
+        expected = REFERENCES[call.op](*values)
+    finally:
+        flags.conv.fp32_precision = before
+    pairs = list(zip(result, expected, strict=True)) if isinstance(result, tuple) else [(result, expected)]
+    errors = [(found.to(wide) - wanted).abs().max() / (wanted.abs().max() + 1e-12) for found, wanted in pairs]
+    # NaN is no small error
+    return max(float(error) if bool(torch.isfinite(error)) else float("inf") for error in errors)
+
+
+def checked(work: Work, call: Call, dtype: torch.dtype, wide: torch.dtype) -> dict[str, Any]:
+    """The row of a call's error; raises where it is too large."""
+    result, _, configs = work.gpu.call(call.op, call.arguments)
+    error = disagreement(call, result, wide)
+    work.gpu.free()
+    if error > TOLERANCE[dtype]:
+        raise AssertionError(f"{call.role}: relative error {error:.3g} with {configs}")
+    return {"role": call.role, "relative_error": error}
+
+
+def correctness(work: Work) -> Rows:
+    """Small models in every dtype against float64, then every call of the cases against float32."""
+    size = work.arguments.size or 128
+    for model in SMALL:
+        for dtype in (torch.bfloat16, torch.float32, torch.float16):
+            for block in blocks(model, 2 if work.arguments.dry_run else 17, size):
+                for call in calls(block, dtype, work.gpu.device):
+                    key = f"{call.op}/{name_of(dtype)}/{signature(call)}"
+                    yield key, lambda call=call, dtype=dtype: checked(work, call, dtype, torch.float64)
+    for key, call, dtype in work.calls():
+        yield key, lambda call=call, dtype=dtype: checked(work, call, dtype, torch.float32)
+
+
+def least_bytes(call: Call, result: Any) -> int:
+    """Arguments and results once."""
+    tensors = [v for v in (*call.arguments, *(result if isinstance(result, tuple) else [result])) if torch.is_tensor(v)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def timed(work: Work, call: Call, eager: bool) -> dict[str, Any]:
+    """A call's time beside the copy's rate, and eager's."""
+    result, run, configs = work.gpu.call(call.op, call.arguments)
+    timing = work.gpu.time(run)
+    moved = least_bytes(call, result)
+    row = {
+        **timing,
+        "role": call.role,
+        "least_bytes": moved,
+        "gb_s": round(moved / max(timing["median_us"], 1e-3) / 1e3, 1),
+        "of_copy": round(moved / max(timing["median_us"], 1e-3) / 1e3 / work.copy_gb_s(), 3),
+        "configs": {name: str(config) for name, config in configs.items()},
+    }
+    if eager:
+        row["eager"] = work.gpu.time(lambda: REFERENCES[call.op](*call.arguments), 10)
+    work.gpu.free()
+    return row
+
+
+def depthwise(work: Work) -> Rows:
+    """Every depthwise shape: the share of the copy's bandwidth that it reaches."""
+    for key, call, _ in work.calls():
+        if call.op == "dwconv_bn_act":
+            yield key, lambda call=call: timed(work, call, eager=False)
+
+
+def kernels(work: Work) -> Rows:
+    """Every call of the cases, beside the reference in torch (cuDNN)."""
+    for key, call, _ in work.calls():
+        yield key, lambda call=call: timed(work, call, eager=True)
+
+
+def plans(work: Work) -> Rows:
+    """The gate against the clock: every plan of each distinct block, predicted and measured."""
+    from mnv4_kernels.ops.uib.triton_uib import build
+
+    def row(shape: UibShape, act: str, dtype: torch.dtype) -> dict[str, Any]:
+        arguments = uib_arguments(shape, act, dtype, work.gpu.device)
+        found = {}
+        for plan in gate.uib_plans(shape, dtype.itemsize):
+            made = build(*arguments, plan=plan)[1]
+            run = (lambda: None) if work.arguments.dry_run else (lambda made=made: [launch.run() for launch in made])
+            timing = work.gpu.time(work.gpu.replay(run), 20)
+            found[plan.name] = {**timing, "predicted_us": round(plan.us, 1), "launches": plan.launches}
+        work.gpu.free()
+        return {"chosen": gate.uib(shape, dtype.itemsize).plan.name, "plans": found}
+
+    for model, batch, dtype in work.cases():
+        for block in blocks(model, batch, work.arguments.size):
+            if isinstance(block.shape, UibShape):
+                key = f"{name_of(dtype)}/{json.dumps(asdict(block.shape))}"
+                yield key, lambda shape=block.shape, act=block.act, dtype=dtype: row(shape, act, dtype)
+
+
+def model_of(work: Work, name: str, batch: int, dtype: torch.dtype) -> tuple[Any, torch.Tensor]:
+    """(timm's model in channels_last, images in channels_last) on the device."""
+    import timm
+
+    torch.manual_seed(0)
+    net = timm.create_model(f"mobilenetv4_{name}").eval().to(work.gpu.device)
+    size = work.arguments.size or net.default_cfg["input_size"][-1]
+    x = torch.randn(batch, 3, size, size, device=work.gpu.device, dtype=dtype)
+    return net.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+
+
+def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Norm of the error over the norm of the result."""
+    return float((found.double() - exact.double()).norm() / exact.double().norm())
+
+
+def ours(work: Work) -> Rows:
+    """Whole models: `optimize`, with and without the copies in and out, and its error beside eager's."""
+
+    def row(name: str, batch: int, dtype: torch.dtype) -> dict[str, Any]:
+        net, x = model_of(work, name, batch, dtype)
+        few = x[: min(batch, 16)]
+        exact, eager = net.double()(few.double()), net.to(dtype)(few)
+        net, _ = model_of(work, name, 1, dtype)
+        fast = work.gpu.optimize(net, dtype)
+        found: dict[str, Any] = work.gpu.time(lambda: fast(x))
+        found["relative_error"] = relative(fast(few), exact)
+        found["eager_relative_error"] = relative(eager, exact)
+        recordings = list(fast._graphs._recordings.values()) if hasattr(fast, "_graphs") else []
+        if recordings:
+            found["replay"] = work.gpu.time(recordings[0].replay)
+        found["images_s"] = round(batch / found["median_us"] * 1e6)
+        work.gpu.free()
+        if not found["relative_error"] <= 3 * found["eager_relative_error"] + 1e-3:
+            raise AssertionError(
+                f"error {found['relative_error']:.3g}, eager's {found['eager_relative_error']:.3g}: {found}"
+            )
+        return found
+
+    for name, batch, dtype in work.cases():
+        yield f"{name}/b{batch}/{name_of(dtype)}", lambda n=name, b=batch, d=dtype: row(n, b, d)
+
+
+def baseline(work: Work) -> Rows:
+    """Whole models as others run them: eager in channels_last, `torch.compile`, and that with `enable_gqa`."""
+
+    def eager(name: str, batch: int, dtype: torch.dtype) -> dict[str, Any]:
+        net, x = model_of(work, name, batch, dtype)
+        net = net.to(dtype)
+        return work.gpu.time(lambda: net(x), 20)
+
+    def compiled(name: str, batch: int, dtype: torch.dtype, grouped: bool) -> dict[str, Any]:
+        net, x = model_of(work, name, batch, dtype)
+        torch._dynamo.reset()
+        functional: Any = torch.nn.functional
+        stock = functional.scaled_dot_product_attention
+
+        def attend(query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> Any:
+            return stock(query, key, value, *rest, **options, enable_gqa=True)
+
+        begin = time.monotonic()
+        functional.scaled_dot_product_attention = attend if grouped else stock
+        try:
+            run = work.gpu.compile(net.to(dtype))
+            run(x)
+        finally:
+            functional.scaled_dot_product_attention = stock
+        seconds = time.monotonic() - begin
+        return {**work.gpu.time(lambda: run(x)), "compile_seconds": round(seconds, 1)}
+
+    for name, batch, dtype in work.cases():
+        key = f"{name}/b{batch}/{name_of(dtype)}"
+        yield f"{key}/channels_last", lambda n=name, b=batch, d=dtype: eager(n, b, d)
+        grouped = name.startswith("hybrid")
+        label = f"max-autotune{', enable_gqa' if grouped else ''}"
+        yield f"{key}/{label}", lambda n=name, b=batch, d=dtype, g=grouped: compiled(n, b, d, g)
+
+
+def _command(command: list[str], seconds: float, **extra: str) -> dict[str, Any]:
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, env={**os.environ, **extra}, check=False
+        )
+    except subprocess.TimeoutExpired as cut:
+        text = cut.stdout.decode() if isinstance(cut.stdout, bytes) else cut.stdout or ""
+        return {"status": "out of time", "tail": text[-6000:]}
+    row = {"status": done.returncode, "tail": (done.stdout + done.stderr)[-6000:]}
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}\n{row['tail']}")
+    return row
+
+
+def tests(work: Work) -> Rows:
+    """The tests marked `gpu`."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    yield "pytest -m gpu", lambda: _command(command, work.deadline - time.monotonic())
+
+
+def sanitizer(work: Work) -> Rows:
+    """compute-sanitizer over one small call of each kernel."""
+    test = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-k", "small_call", "tests/test_triton_gpu.py"]
+    for tool in ("memcheck", "racecheck"):
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, *test]
+        command = [sys.executable, "--version"] if work.arguments.dry_run else command
+        # the allocator's blocks would hide what reads past a tensor
+        yield tool, lambda c=command: _command(c, work.deadline - time.monotonic(), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+
+def sweep(work: Work) -> Rows:
+    """Launch configs: the neighbours of each choice, calls with the longest way to the copy's rate first."""
+    measured = work.results.rows("kernels") | work.results.rows("depthwise")
+
+    def lost(key: str) -> float:
+        row = measured.get(key, {})
+        return float(row.get("median_us", 0.0)) * (1.0 - min(1.0, float(row.get("of_copy", 0.0))))
+
+    def row(call: Call) -> dict[str, Any]:
+        first = work.gpu.call(call.op, call.arguments)
+        found = {}
+        for key, config in first[2].items():
+            found[key] = descend(work, call, key, config, first[0])
+        work.gpu.free()
+        return {"configs": found}
+
+    every = {key: call for key, call, _ in work.calls()}
+    for key in sorted(every, key=lost, reverse=True):
+        yield key, lambda call=every[key]: row(call)
+
+
+def descend(work: Work, call: Call, key: str, config: Config, expected: Any) -> dict[str, Any]:
+    """From a config to its fastest neighbour, as long as there is one; noted in the tuned file."""
+    times: dict[Config, float] = {}
+    failures: list[str] = []
+
+    def us(candidate: Config) -> float:
+        if candidate not in times:
+            times[candidate] = float("inf")
+            try:
+                result, run, _ = work.gpu.call(call.op, call.arguments, {key: candidate})
+                if not tune.agrees(result, expected):
+                    raise AssertionError("another result than the heuristic's")
+                times[candidate] = work.gpu.time(run, 20)["median_us"]
+            # a tile that needs more than the device has, or is wrong: not this one
+            except Exception as error:
+                if not work.gpu.alive():
+                    raise
+                failures.append(f"{candidate}: {error}")
+        return times[candidate]
+
+    best, begin = config, us(config)
+    while not work.late():
+        better = min(tune.neighbours(best), key=us)
+        # a few per cent are noise
+        if us(better) >= 0.98 * us(best):
+            break
+        best = better
+    tune.note(work.arguments.out / "tuned.json", key, best, us(best), provenance(work))
+    return {"from": str(config), "us": begin, "to": str(best), "best_us": us(best), "failures": failures}
+
+
+def provenance(work: Work) -> dict[str, Any]:
+    """What a tuned file must say of itself."""
+    import triton
+
+    last = work.results.data["calls"][-1] if work.results.data.get("calls") else {}
+    product = work.results.rows("ceilings").get("matrix product", {})
+    return {
+        "device": work.gpu.name,
+        "command": last.get("command", " ".join(sys.argv)),
+        "commit": last.get("commit", "unknown"),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "copy_gb_s": work.copy_gb_s(),
+        "matmul_tflop_s": product.get("tflop_s", Ceilings().matmul_tflop_s),
+    }
+
+
+STAGES: dict[str, Callable[[Work], Rows]] = {
+    stage.__name__: stage
+    for stage in (
+        ceilings, precompile, correctness, depthwise, ours, baseline, kernels, plans, tests, sanitizer, sweep,
+    )
+}  # fmt: skip
+
+
+def main() -> int:
+    """Makes the rows of a stage that are not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--stage", required=True, choices=STAGES)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--models", nargs="+", required=True)
+    parser.add_argument("--batches", nargs="+", type=int, required=True)
+    parser.add_argument("--dtypes", nargs="+", required=True)
+    parser.add_argument("--size", type=int)
+    parser.add_argument("--dry-run", action="store_true")
+    work = Work(parser.parse_args())
+    rows, name, failed = work.results.rows(work.arguments.stage), work.arguments.stage, 0
+    with torch.no_grad():
+        for key, make in STAGES[name](work):
+            if key in rows:
+                continue
+            if work.late():
+                return LATE
+            work.results.begin(name, key)
+            try:
+                row = make()
+            # one broken row must not cost the others
+            except Exception:
+                failed, row = 1, {"error": traceback.format_exc()[-4000:]}
+            work.results.end(name, key, row)
+            if "error" in row and not work.gpu.alive():
+                return POISONED
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

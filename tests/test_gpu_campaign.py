@@ -1,0 +1,142 @@
+"""The campaign's control flow without a device: order, budgets, files, resuming, and what a dying kernel costs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("timm", reason="the shapes are read off timm's models")
+pytest.importorskip("triton", reason="Triton is not installed")
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import gpu_campaign
+from gpu_campaign import ROOT, STAGES, Results, Stage, parse, supervise
+
+#: behaves as told by the key of each row; keeps the protocol of a real worker
+WORKER = """
+import os, sys, time
+sys.path.insert(0, {benchmarks!r})
+from pathlib import Path
+from gpu_campaign import Results
+results = Results(Path(sys.argv[sys.argv.index("--out") + 1]) / "campaign.json")
+for key in {keys!r}:
+    if key in results.rows("stage"):
+        continue
+    results.begin("stage", key)
+    if key == "dies":
+        os.abort()
+    if key == "hangs":
+        time.sleep(60)
+    if key == "poisons":
+        results.end("stage", key, {{"error": "an illegal memory access"}})
+        sys.exit(3)
+    results.end("stage", key, {{"us": 1.0}})
+    if key == "last in time":
+        sys.exit(4)
+"""
+
+
+def _run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *keys: str, seconds: float = 60) -> tuple[str, Any]:
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER.format(benchmarks=str(ROOT / "benchmarks"), keys=keys))
+    monkeypatch.setattr(gpu_campaign, "WORKER", worker)
+    arguments = parse(["--out", str(tmp_path), "--dry-run"])
+    outcome = supervise(Stage("ceilings", 1.0, row_limit=4.0), arguments, time.monotonic() + seconds)
+    return outcome, Results(tmp_path / "campaign.json").data
+
+
+def test_a_row_that_kills_the_process_is_noted_and_the_rest_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome, data = _run(tmp_path, monkeypatch, "first", "dies", "last")
+    assert outcome == "done"
+    assert data["stage"]["dies"]["error"].startswith("died with -")
+    assert data["stage"]["first"] == data["stage"]["last"] == {"us": 1.0}
+    assert "running" not in data
+
+
+def test_a_row_that_hangs_is_given_up_and_the_rest_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome, data = _run(tmp_path, monkeypatch, "first", "hangs", "last")
+    assert outcome == "done"
+    assert "no answer for" in data["stage"]["hangs"]["error"]
+    assert data["stage"]["last"] == {"us": 1.0}
+
+
+def test_a_device_that_no_longer_answers_gets_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, data = _run(tmp_path, monkeypatch, "poisons", "last")
+    assert data["stage"]["poisons"] == {"error": "an illegal memory access"}
+    assert data["stage"]["last"] == {"us": 1.0}
+
+
+def test_a_stage_that_the_clock_stops_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome, data = _run(tmp_path, monkeypatch, "last in time", "never")
+    assert outcome == "out of time"
+    assert list(data["stage"]) == ["last in time"]
+
+
+def test_a_stage_that_can_not_start_is_not_tried_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text("import os; os.abort()")
+    monkeypatch.setattr(gpu_campaign, "WORKER", worker)
+    arguments = parse(["--out", str(tmp_path), "--dry-run"])
+    assert supervise(STAGES[0], arguments, time.monotonic() + 60).startswith("died with")
+
+
+def test_the_stages_are_in_the_order_of_their_value() -> None:
+    names = [stage.name for stage in STAGES]
+    assert names.index("correctness") < names.index("depthwise") < names.index("ours") < names.index("baseline")
+    assert names[-1] == "sweep"
+
+
+def test_without_a_device_there_is_a_message_and_no_file(tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_campaign.py"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "a CUDA device is needed, or --dry-run" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def _dry_run(out: Path, *more: str) -> Any:
+    script = str(ROOT / "benchmarks" / "gpu_campaign.py")
+    stages = [stage.name for stage in STAGES if stage.name != "tests"]
+    command = [sys.executable, script, "--dry-run", "--out", str(out), "--models", "conv_small_035", "--size", "32"]
+    command += ["--batches", "2", "--stages", *stages, "--minutes", "8", *more]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return json.loads((out / "campaign.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_dry_run_makes_rows_of_every_stage_and_a_second_call_makes_none_again(tmp_path: Path) -> None:
+    from mnv4_kernels import tuned
+
+    first = _dry_run(tmp_path / "first")
+    for stage in STAGES:
+        if stage.name != "tests":
+            assert first[stage.name], stage.name
+            assert first["calls"][0]["stages"][stage.name]["outcome"] == "done"
+    assert all("of_copy" in row for row in first["depthwise"].values())
+    assert set(first["baseline"]) == {
+        "conv_small_035/b2/bfloat16/channels_last",
+        "conv_small_035/b2/bfloat16/max-autotune",
+    }
+    provenance, configs = tuned.read(tmp_path / "first" / "tuned.json")
+    assert provenance["device"] == "a made-up device"
+    assert configs
+    earlier = [str(tmp_path / "first" / name) for name in ("campaign.json", "tuned.json")]
+    second = _dry_run(tmp_path / "second", "--resume", *earlier)
+    assert {name: rows for name, rows in second.items() if name != "calls"} == {
+        name: rows for name, rows in first.items() if name != "calls"
+    }
+    assert len(second["calls"]) == 2
