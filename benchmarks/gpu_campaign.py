@@ -135,24 +135,26 @@ def supervise(stage: Stage, arguments: argparse.Namespace, deadline: float) -> s
         if not reason:
             return "out of time" if worker.returncode == LATE else "done"
         # the row is noted and not tried again; without one the stage itself can't run
-        if not Results(path).bury(reason):
+        if worker.returncode != POISONED and not Results(path).bury(reason):
             return reason
     return "out of time"
 
 
 def watch(worker: subprocess.Popen[bytes], path: Path, row_limit: float, deadline: float) -> str:
     """Waits for a worker; returns why it had to be replaced, empty where it ended by itself."""
-    changed, seen = time.monotonic(), _stamp(path)
+    idle, seen, last = 0.0, _stamp(path), time.monotonic()
     while worker.poll() is None:
         time.sleep(0.05)
         now = time.monotonic()
+        # a machine that stood still meanwhile stood still for the worker too
+        idle, last = idle + min(now - last, 0.5), now
         if _stamp(path) != seen:
-            changed, seen = now, _stamp(path)
+            idle, seen = 0.0, _stamp(path)
         # a worker looks at the clock between rows: this is for one that can't
-        if now > deadline + 10 or now - changed > row_limit:
+        if now > deadline + 10 or idle > row_limit:
             worker.kill()
             worker.wait()
-            return f"no answer for {now - changed:.0f} s; the process was ended"
+            return f"no answer for {idle:.0f} s; the process was ended"
     if worker.returncode in (0, 1, LATE):
         return ""
     return "the device no longer answered" if worker.returncode == POISONED else f"died with {worker.returncode}"

@@ -21,23 +21,31 @@ from gpu_campaign import ROOT, STAGES, Results, Stage, parse, supervise
 
 #: behaves as told by the key of each row; keeps the protocol of a real worker
 WORKER = """
-import os, sys, time
-sys.path.insert(0, {benchmarks!r})
-from pathlib import Path
-from gpu_campaign import Results
-results = Results(Path(sys.argv[sys.argv.index("--out") + 1]) / "campaign.json")
+import json, os, sys, time
+path = os.path.join(sys.argv[sys.argv.index("--out") + 1], "campaign.json")
+data = json.load(open(path)) if os.path.exists(path) else {{}}
+rows = data.setdefault("stage", {{}})
+def save():
+    with open(path + ".new", "w") as file:
+        json.dump(data, file)
+    os.replace(path + ".new", path)
+def end(key, row):
+    del data["running"]
+    rows[key] = row
+    save()
 for key in {keys!r}:
-    if key in results.rows("stage"):
+    if key in rows:
         continue
-    results.begin("stage", key)
+    data["running"] = ["stage", key]
+    save()
     if key == "dies":
-        os.abort()
+        os.kill(os.getpid(), 9)
     if key == "hangs":
         time.sleep(60)
     if key == "poisons":
-        results.end("stage", key, {{"error": "an illegal memory access"}})
+        end(key, {{"error": "an illegal memory access"}})
         sys.exit(3)
-    results.end("stage", key, {{"us": 1.0}})
+    end(key, {{"us": 1.0}})
     if key == "last in time":
         sys.exit(4)
 """
@@ -45,10 +53,10 @@ for key in {keys!r}:
 
 def _run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *keys: str, seconds: float = 60) -> tuple[str, Any]:
     worker = tmp_path / "worker.py"
-    worker.write_text(WORKER.format(benchmarks=str(ROOT / "benchmarks"), keys=keys))
+    worker.write_text(WORKER.format(keys=keys))
     monkeypatch.setattr(gpu_campaign, "WORKER", worker)
     arguments = parse(["--out", str(tmp_path), "--dry-run"])
-    outcome = supervise(Stage("ceilings", 1.0, row_limit=4.0), arguments, time.monotonic() + seconds)
+    outcome = supervise(Stage("ceilings", 1.0, row_limit=3.0), arguments, time.monotonic() + seconds)
     return outcome, Results(tmp_path / "campaign.json").data
 
 
@@ -83,7 +91,7 @@ def test_a_stage_that_the_clock_stops_says_so(tmp_path: Path, monkeypatch: pytes
 
 def test_a_stage_that_can_not_start_is_not_tried_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = tmp_path / "worker.py"
-    worker.write_text("import os; os.abort()")
+    worker.write_text("import os; os.kill(os.getpid(), 9)")
     monkeypatch.setattr(gpu_campaign, "WORKER", worker)
     arguments = parse(["--out", str(tmp_path), "--dry-run"])
     assert supervise(STAGES[0], arguments, time.monotonic() + 60).startswith("died with")

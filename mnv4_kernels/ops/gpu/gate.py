@@ -257,7 +257,7 @@ def uib_plans(shape: UibShape, element_size: int = 2, ceilings: Ceilings | None 
                 steps = _expanding(part, fuse_start, element_size, ceilings)
                 steps += _projecting(part, fuse_mid, element_size, ceilings)
                 kept = _resident(steps, [size * count for size in between], budget, ceilings)
-                plans.append(Plan(label, kept, fuse_start, fuse_mid, count, _ceil(shape.batch, count)))
+                plans.append(Plan(label, kept, fuse_start, fuse_mid, count, _ceil(shape.batch, max(1, count))))
     return plans
 
 
