@@ -108,7 +108,7 @@ class TestMaking:
             mk.optimize(SMALL)  # type: ignore[arg-type]
 
     def test_a_model_elsewhere_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="`model` must be on the CPU, got meta"):
+        with pytest.raises(ValueError, match="`model` must be on the CPU or one CUDA device, got meta"):
             mk.optimize(timm.create_model(SMALL).eval().to("meta"))
 
     def test_without_the_library_there_is_a_reason(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +137,7 @@ class TestInputs:
         ([1, 2], ValueError, r"`x` must be a tensor \[N, 3, H, W\], got list"),
         (torch.zeros(1, 3, 64, 64).double(), ValueError, "`x` must be float32, bfloat16 or float16, got torch.float64"),
         (torch.zeros(1, 3, 64, 64).long(), ValueError, "`x` must be float32, bfloat16 or float16, got torch.int64"),
-        (torch.zeros(1, 3, 64, 64, device="meta"), ValueError, "`x` must be on the CPU, as the engine is, got meta"),
+        (torch.zeros(1, 3, 64, 64, device="meta"), ValueError, "`x` must be on cpu, as the network is, got meta"),
     )
 
     @pytest.mark.parametrize(("x", "error", "text"), BAD)
