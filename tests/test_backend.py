@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
+import mnv4_kernels
 from mnv4_kernels.compiler import FuseConvolutions, backend
 from mnv4_kernels.compiler.fuse import obstacles
 from mnv4_kernels.ops.subnetwork import subnetwork
@@ -388,10 +389,11 @@ def test_it_is_found_by_its_name_without_an_import(tmp_path: Path) -> None:
     # what an installation leaves behind: the package on the path and its metadata
     command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    result = subprocess.run(
-        [sys.executable, "-c", FOUND_BY_NAME], capture_output=True, text=True, env=environment, check=False
-    )
+    # the tested package: a checkout beside an installed one has no compiled extension
+    installed = Path(mnv4_kernels.__file__).resolve().parent.parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(installed)])}
+    command = [sys.executable, "-c", FOUND_BY_NAME]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr
 
 
