@@ -20,6 +20,8 @@ from .tracing import constant_in_graphs
 
 #: op -> the module, below `mnv4_kernels.ops`, that implements it
 KERNELS = {
+    "bn_act_dwconv": "bn_act_dwconv.triton_bn_act_dwconv",
+    "bn_act_dwconv_backward": "bn_act_dwconv.triton_bn_act_dwconv_backward",
     "conv_bn_act": "conv_bn_act.triton_conv_bn_act",
     "conv_pwconv": "conv_pwconv.triton_conv_pwconv",
     "dwconv_bn_act": "dwconv_bn_act.triton_dwconv_bn_act",
@@ -109,7 +111,8 @@ def decision(op: str, arguments: tuple[Any, ...]) -> str:
 
 def implementation(op: str, reference: Callable[..., Any]) -> Callable[..., Any]:
     """What the dispatcher calls for CUDA tensors: the kernel, or the reference where it declines or is turned off."""
-    switches = environment.Switches([op])
+    # one switch for both directions
+    switches = environment.Switches([op.removesuffix("_backward")])
 
     def run(*arguments: Any) -> Any:
         if reasons() or switches.obstacle() or unsupported(op, arguments):

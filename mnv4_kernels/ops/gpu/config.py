@@ -60,11 +60,20 @@ class PoolConfig(Config):
     channels: int
 
 
+@dataclass(frozen=True)
+class PositionsConfig(Config):
+    """Tile of a backward over pixels: `positions` of them at a time, `channels` wide."""
+
+    positions: int
+    channels: int
+
+
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 #: Name in a tuned file -> class.
 CONFIGS: dict[str, type[Config]] = {
-    cls.__name__: cls for cls in (DepthwiseConfig, GemmConfig, DepthwiseGemmConfig, AttentionConfig, PoolConfig)
+    cls.__name__: cls
+    for cls in (DepthwiseConfig, GemmConfig, DepthwiseGemmConfig, AttentionConfig, PoolConfig, PositionsConfig)
 }
 
 

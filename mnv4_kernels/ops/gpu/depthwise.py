@@ -7,6 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .normalise import normalised
+
 
 @triton.constexpr_function
 def _feeds_an_output(row, kernel, stride, dilation, rows):
@@ -53,6 +55,10 @@ def depthwise_rows(
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    b_mean=None,  # [C] of a normalisation of x, with
+    b_slope=None,  # [C] and
+    b_beta=None,  # [C]
+    ACT: tl.constexpr = "none",  # applied to the normalised x
 ):
     """ROWS float32 tiles [P, C]: output rows o_oh ... o_oh + ROWS - 1 of each column.
 
@@ -78,14 +84,18 @@ def depthwise_rows(
                 ih = o_ih + r
                 m_x = m_column & (ih >= 0) & (ih < height)
                 p_x = p_image + ((ih * width + iw) * channels)[:, None]
-                b_x += (tl.load(p_x, mask=m_x[:, None] & m_c[None, :], other=0.0),)
+                m_x2 = m_x[:, None] & m_c[None, :]
+                b_row = tl.load(p_x, mask=m_x2, other=0.0)
+                if b_slope is not None:
+                    b_row = normalised(b_row, b_mean, b_slope, b_beta, m_x2, ACT)
+                b_x += (b_row,)
             else:
                 b_x += (0.0,)
         summed = ()
         for row in tl.static_range(ROWS):
-            b_row = acc[row]
+            b_sum = acc[row]
             for ky in tl.static_range(KERNEL_H):
-                b_row += b_x[row * STRIDE_H + ky * DILATION_H].to(tl.float32) * b_w[ky]
-            summed += (b_row,)
+                b_sum += b_x[row * STRIDE_H + ky * DILATION_H].to(tl.float32) * b_w[ky]
+            summed += (b_sum,)
         acc = summed
     return acc

@@ -6,7 +6,7 @@ arithmetic on tiles, not from timings; a tuned file overrides every one of them.
 
 from __future__ import annotations
 
-from .config import AttentionConfig, DepthwiseConfig, DepthwiseGemmConfig, GemmConfig, PoolConfig
+from .config import AttentionConfig, DepthwiseConfig, DepthwiseGemmConfig, GemmConfig, PoolConfig, PositionsConfig
 from .launch import cdiv, next_power_of_2
 
 #: Multiprocessors and compute capability of the device that is assumed where none can be asked.
@@ -68,6 +68,23 @@ def depthwise(
             break
         rows = cdiv(rows, 2)
     return DepthwiseConfig(warps=warps, stages=1, rows=rows, columns=columns, channels=block)
+
+
+def training_depthwise(
+    shape: tuple[int, ...],  # N, C, OH, OW
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    element_size: int,
+    multiprocessors: int = DEFAULT_MULTIPROCESSORS,
+) -> DepthwiseConfig:
+    """As `depthwise` for float32, whatever the input is: the normalised rows are kept as such."""
+    return depthwise(shape, kernel, stride, max(4, element_size), multiprocessors)
+
+
+def depthwise_backward(channels: int) -> PositionsConfig:
+    """Sixteen elements a lane: a tile writes a row of sums for each tap, which fewer tiles make fewer of."""
+    block, warps = channel_block(channels, 32), 4
+    return PositionsConfig(warps=warps, stages=1, positions=warps * 32 * 16 // block, channels=block)
 
 
 def _gemm_width(n: int, k: int, element_size: int) -> int:

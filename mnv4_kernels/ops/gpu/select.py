@@ -12,7 +12,16 @@ import torch
 
 from ... import tuned
 from . import heuristics
-from .config import AnyConfig, AttentionConfig, Config, DepthwiseConfig, DepthwiseGemmConfig, GemmConfig, PoolConfig
+from .config import (
+    AnyConfig,
+    AttentionConfig,
+    Config,
+    DepthwiseConfig,
+    DepthwiseGemmConfig,
+    GemmConfig,
+    PoolConfig,
+    PositionsConfig,
+)
 from .traffic import Ceilings
 
 #: Configs that come before the tuned ones, and the choices made meanwhile; innermost last.
@@ -48,7 +57,7 @@ def _forget() -> None:
     """Empties every cache of a choice."""
     choices: tuple[Any, ...] = (
         _device, depthwise_config, gemm_config, depthwise_gemm_config, conv_pair_config, kv_config, attention_config,
-        projected_attention_config, pool_config, ceilings,
+        projected_attention_config, pool_config, training_depthwise_config, depthwise_backward_config, ceilings,
     )  # fmt: skip
     for choice in choices:
         choice.cache_clear()
@@ -217,4 +226,38 @@ def pool_config(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
         device,
         f"pool/{dtype_name(dtype)}/{'x'.join(map(str, shape))}",
         lambda: heuristics.pool(shape[1], shape[2] * shape[3]),
+    )
+
+
+@lru_cache(maxsize=4096)
+def training_depthwise_config(
+    shape: tuple[int, ...],
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> DepthwiseConfig:
+    """Config of `bn_act_dwconv` with output `shape` [N, C, OH, OW]."""
+    return _choose(
+        DepthwiseConfig,
+        device,
+        f"bn_act_dwconv/{dtype_name(dtype)}/{'x'.join(map(str, shape))}/k{kernel[0]}s{stride[0]}",
+        lambda: heuristics.training_depthwise(shape, kernel, stride, dtype.itemsize, _device(device)[1]),
+    )
+
+
+@lru_cache(maxsize=4096)
+def depthwise_backward_config(
+    shape: tuple[int, ...],
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PositionsConfig:
+    """Config of `bn_act_dwconv_backward` with input `shape` [N, C, H, W]."""
+    return _choose(
+        PositionsConfig,
+        device,
+        f"bn_act_dwconv_backward/{dtype_name(dtype)}/{'x'.join(map(str, shape))}/k{kernel[0]}s{stride[0]}",
+        lambda: heuristics.depthwise_backward(shape[1]),
     )

@@ -25,7 +25,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ... import tuned
 from ...backends.cuda import KERNELS
-from .config import AttentionConfig, Config, DepthwiseConfig, DepthwiseGemmConfig, GemmConfig, PoolConfig
+from .config import (
+    AttentionConfig,
+    Config,
+    DepthwiseConfig,
+    DepthwiseGemmConfig,
+    GemmConfig,
+    PoolConfig,
+    PositionsConfig,
+)
 from .launch import Launch
 from .select import forced
 
@@ -85,6 +93,13 @@ def candidates(config: Config) -> list[Config]:
             AttentionConfig(warps, 1, queries, count, keys)
             for (queries, count, keys), warps in product(blocks_of_keys, (4, 8))
             if queries * keys <= 64 * 256
+        )
+    elif isinstance(config, PositionsConfig):
+        blocks_of_positions = product((16, 32, 64, 128, 256), (16, 32, 64), (4, 8))
+        found = (
+            PositionsConfig(warps, 1, positions, channels)
+            for positions, channels, warps in blocks_of_positions
+            if 4 <= positions * channels // (32 * warps) <= 32
         )
     else:
         found = (PoolConfig(4, 1, positions, channels) for positions, channels in product((4, 8, 16, 32), (16, 32, 64)))
