@@ -21,6 +21,8 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 #: one launch of each kernel, at shapes where registers are tight
 FAMILIES = (
+    "bn_act_dwconv",
+    "bn_act_dwconv_backward",
     "conv_bn_act",
     "conv_pwconv",
     "stem",
@@ -38,6 +40,8 @@ def _nhwc(*size: int) -> torch.Tensor:
 
 
 def _launches(family: str) -> list[Launch]:
+    from mnv4_kernels.ops.bn_act_dwconv import triton_bn_act_dwconv as training
+    from mnv4_kernels.ops.bn_act_dwconv import triton_bn_act_dwconv_backward as training_backward
     from mnv4_kernels.ops.conv_bn_act import triton_conv_bn_act as conv
     from mnv4_kernels.ops.conv_pwconv import triton_conv_pwconv as pair
     from mnv4_kernels.ops.dwconv_bn_act import triton_dwconv_bn_act as depthwise
@@ -57,7 +61,13 @@ def _launches(family: str) -> list[Launch]:
     x, wide = _nhwc(64, 160, 16, 16), _nhwc(64, 640, 16, 16)
     image = torch.empty(64, 3, 224, 224, dtype=torch.bfloat16, device="meta")
     two = ([2, 2], [1, 1, 1, 1], [1, 1])
+    norm, weight = (*(channels(640) for _ in range(4)), 1e-5, "silu"), _nhwc(640, 1, 5, 5)
+    through = (channels(640), channels(640), wide, channels(640))
     builds: dict[str, Callable[[], tuple[object, list[Launch]]]] = {
+        "bn_act_dwconv": lambda: training.build(wide, *norm, weight, *same, True),
+        "bn_act_dwconv_backward": lambda: training_backward.build(
+            wide, *through, wide, *norm, weight, *same, True, True
+        ),
         "conv_bn_act": lambda: conv.build(
             _nhwc(64, 48, 64, 64), _nhwc(192, 48, 3, 3), channels(192), channels(192), *two, "relu"
         ),
