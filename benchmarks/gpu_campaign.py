@@ -1,8 +1,11 @@
 """Everything that a GPU is needed for, in a few calls of less than ten minutes, the most valuable first.
 
+The package must be importable: installed, or in a checkout by `PYTHONPATH=.` (its C++ library is not needed).
+
     python benchmarks/gpu_campaign.py                                # all stages, as far as nine minutes go
     python benchmarks/gpu_campaign.py --resume campaign.json         # goes on where an earlier file stops
     python benchmarks/gpu_campaign.py --stages ours baseline --models conv_small
+    python benchmarks/gpu_campaign.py --rows 2                        # a look at every stage, two rows each
     python benchmarks/gpu_campaign.py --dry-run                      # the control flow, without a device
 
 Results go to `campaign.json` in $OUT, or in --out, row by row. A stage runs in a process of its own: a kernel that
@@ -17,6 +20,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from gpu_shapes import MODELS
+
+import mnv4_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,7 +63,8 @@ STAGES = (
     Stage("baseline", 9.0, 420.0),
     Stage("kernels", 2.0),
     Stage("plans", 2.0),
-    Stage("tests", 4.0, 240.0),
+    # one row compiles every candidate of every kernel
+    Stage("tests", 9.0, 500.0),
     Stage("sanitizer", 2.5, 150.0),
     Stage("sweep", 6.0, 120.0),
 )
@@ -128,8 +135,12 @@ def supervise(stage: Stage, arguments: argparse.Namespace, deadline: float) -> s
     path = arguments.out / "campaign.json"
     command = [sys.executable, str(WORKER), *worker_arguments(stage, arguments)]
     while time.monotonic() < deadline:
+        # a session of its own: what it starts ends with it
         worker = subprocess.Popen(
-            [*command, "--seconds", str(deadline - time.monotonic())], cwd=ROOT, env=environment(arguments)
+            [*command, "--seconds", str(deadline - time.monotonic())],
+            cwd=ROOT,
+            env=environment(arguments),
+            start_new_session=True,
         )
         reason = watch(worker, path, min(arguments.row_limit or stage.row_limit, stage.row_limit), deadline)
         if not reason:
@@ -152,7 +163,7 @@ def watch(worker: subprocess.Popen[bytes], path: Path, row_limit: float, deadlin
             idle, seen = 0.0, _stamp(path)
         # a worker looks at the clock between rows: this is for one that can't
         if now > deadline + 10 or idle > row_limit:
-            worker.kill()
+            os.killpg(worker.pid, signal.SIGKILL)
             worker.wait()
             return f"no answer for {idle:.0f} s; the process was ended"
     if worker.returncode in (0, 1, LATE):
@@ -170,12 +181,18 @@ def worker_arguments(stage: Stage, arguments: argparse.Namespace) -> list[str]:
     found += ["--batches", *map(str, arguments.batches), "--dtypes", *arguments.dtypes]
     if arguments.size:
         found += ["--size", str(arguments.size)]
+    if arguments.rows:
+        found += ["--rows", str(arguments.rows)]
     return [*found, "--dry-run"] if arguments.dry_run else found
 
 
 def environment(arguments: argparse.Namespace) -> dict[str, str]:
-    """The worker's environment: this checkout, and the configs that were tuned so far."""
-    paths = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+    """The worker's environment: the package that this process found, and the configs that were tuned so far."""
+    paths = [
+        str(Path(mnv4_kernels.__file__).resolve().parents[1]),
+        str(ROOT / "benchmarks"),
+        os.environ.get("PYTHONPATH", ""),
+    ]
     found = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     if (arguments.out / "tuned.json").exists():
         found["MNV4_KERNELS_TUNED"] = str(arguments.out / "tuned.json")
@@ -200,6 +217,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, help="of the images; timm's own for each model by default")
     parser.add_argument("--minutes", type=float, default=9.0, help="for this call")
     parser.add_argument("--row-limit", type=float, help="seconds after which a row is given up")
+    parser.add_argument("--rows", type=int, help="new rows of each stage, at most")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, by the references, with a made-up clock")
     return parser.parse_args(arguments)
 

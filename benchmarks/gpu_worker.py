@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -134,8 +135,10 @@ def ceilings(work: Work) -> Rows:
     yield "launch", launch
 
 
-def compiled(case: tuple[str, int, str, int | None], capability: int, processors: int) -> tuple[int, list[str]]:
-    """Compiles every binary of a case into Triton's cache on disk; (how many, what failed)."""
+def compiled(
+    case: tuple[str, int, str, int | None], capability: int, processors: int, most: int | None = None
+) -> tuple[int, list[str]]:
+    """Compiles the binaries of a case, `most` of them, into Triton's cache on disk; (how many, what failed)."""
     from mnv4_kernels.ops.gpu.offline import compile_launch
     from mnv4_kernels.ops.gpu.select import assume
 
@@ -145,7 +148,7 @@ def compiled(case: tuple[str, int, str, int | None], capability: int, processors
         for block in blocks(model, batch, size):
             for call in calls(block, getattr(torch, dtype), "meta"):
                 for launch in launches(call):
-                    if compiles_as(launch) in seen:
+                    if compiles_as(launch) in seen or len(seen) == most:
                         continue
                     seen.add(compiles_as(launch))
                     try:
@@ -160,14 +163,16 @@ def precompile(work: Work) -> Rows:
     """Triton's compiler in all processors: what later stages launch lies in its cache."""
     cases = [(model, batch, name_of(dtype), work.arguments.size) for model, batch, dtype in work.cases()]
     cases += [(model, 17, dtype, 128) for dtype in ("float16", "float32", "bfloat16") for model in SMALL]
+    most, workers = None, os.cpu_count()
     if work.arguments.dry_run:
-        cases = []
+        cases, most, workers = cases[:1], 1, 1
 
     def all_of_them() -> dict[str, Any]:
         found, failures = 0, []
         # not forked: children of a process that has used CUDA can't
-        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-            waiting = [pool.submit(compiled, case, work.gpu.capability, work.gpu.multiprocessors) for case in cases]
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            target = (work.gpu.capability, work.gpu.multiprocessors, most)
+            waiting = [pool.submit(compiled, case, *target) for case in cases]
             for future in waiting:
                 count, failed = future.result()
                 found, failures = found + count, failures + failed
@@ -306,9 +311,8 @@ def ours(work: Work) -> Rows:
         found: dict[str, Any] = work.gpu.time(lambda: fast(x))
         found["relative_error"] = relative(fast(few), exact)
         found["eager_relative_error"] = relative(eager, exact)
-        recordings = list(fast._graphs._recordings.values()) if hasattr(fast, "_graphs") else []
-        if recordings:
-            found["replay"] = work.gpu.time(recordings[0].replay)
+        # the first kind of input that it met: x's
+        found["replay"] = work.gpu.time(next(iter(fast._graphs._recordings.values())).replay)
         found["images_s"] = round(batch / found["median_us"] * 1e6)
         work.gpu.free()
         if not found["relative_error"] <= 3 * found["eager_relative_error"] + 1e-3:
@@ -370,20 +374,42 @@ def _command(command: list[str], seconds: float, **extra: str) -> dict[str, Any]
     return row
 
 
+def _python(work: Work, *arguments: str) -> list[str]:
+    """A command of this Python; in a dry run pytest collects and runs nothing."""
+    return [sys.executable, *arguments, *(["--collect-only"] if work.arguments.dry_run else [])]
+
+
+PYTEST = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider")
+
+
+#: what holds the tests marked `gpu`
+GPU_TESTS = ("test_triton_gpu.py", "test_gpu_models.py")
+
+
 def tests(work: Work) -> Rows:
-    """The tests marked `gpu`."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
-    yield "pytest -m gpu", lambda: _command(command, work.deadline - time.monotonic())
+    """The tests marked `gpu`, file by file; those that compile most come last."""
+    files = [ROOT / "tests" / name for name in GPU_TESTS]
+    for path in files:
+        command = _python(work, *PYTEST, str(path), "-k", "not every_config")
+        yield path.stem, lambda c=command: _command(c, work.deadline - time.monotonic())
+    command = _python(work, *PYTEST, str(files[0]), "-k", "every_config")
+    yield "every config", lambda: _command(command, work.deadline - time.monotonic())
 
 
 def sanitizer(work: Work) -> Rows:
     """compute-sanitizer over one small call of each kernel."""
-    test = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-k", "small_call", "tests/test_triton_gpu.py"]
-    for tool in ("memcheck", "racecheck"):
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, *test]
-        command = [sys.executable, "--version"] if work.arguments.dry_run else command
+    found = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}{os.pathsep}/usr/local/cuda/bin")
+    test = _python(work, *PYTEST, "-k", "small_call and bfloat16", str(ROOT / "tests" / "test_triton_gpu.py"))
+
+    def row(tool: str) -> dict[str, Any]:
+        command = test if work.arguments.dry_run else [str(found), "--tool", tool, "--error-exitcode", "9", *test]
+        if found is None and not work.arguments.dry_run:
+            return {"status": "compute-sanitizer is not installed"}
         # the allocator's blocks would hide what reads past a tensor
-        yield tool, lambda c=command: _command(c, work.deadline - time.monotonic(), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        return _command(command, work.deadline - time.monotonic(), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+    for tool in ("memcheck", "racecheck"):
+        yield tool, lambda tool=tool: row(tool)
 
 
 def sweep(work: Work) -> Rows:
@@ -464,7 +490,7 @@ STAGES: dict[str, Callable[[Work], Rows]] = {
 }  # fmt: skip
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Makes the rows of a stage that are not there yet."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--stage", required=True, choices=STAGES)
@@ -474,15 +500,20 @@ def main() -> int:
     parser.add_argument("--batches", nargs="+", type=int, required=True)
     parser.add_argument("--dtypes", nargs="+", required=True)
     parser.add_argument("--size", type=int)
+    parser.add_argument("--rows", type=int)
     parser.add_argument("--dry-run", action="store_true")
-    work = Work(parser.parse_args())
+    work = Work(parser.parse_args(arguments))
     rows, name, failed = work.results.rows(work.arguments.stage), work.arguments.stage, 0
+    made = 0
     with torch.no_grad():
         for key, make in STAGES[name](work):
             if key in rows:
                 continue
             if work.late():
                 return LATE
+            if made == work.arguments.rows:
+                break
+            made += 1
             work.results.begin(name, key)
             try:
                 row = make()

@@ -61,6 +61,33 @@ def check_channels(name: str, value: Any, length: int, like: torch.Tensor, like_
         raise shape_error(name, f"[{length}]", value)
 
 
+def check_depthwise(name: str, weight: torch.Tensor, channels: int) -> None:
+    """`weight` is [channels, 1, kh, kw]."""
+    if weight.dim() != 4 or weight.shape[0] != channels or weight.shape[1] != 1:
+        raise shape_error(name, f"[{channels}, 1, kh, kw]", weight)
+
+
+def check_dense(name: str, weight: torch.Tensor, channels: int) -> None:
+    """`weight` is [K, channels, kh, kw]."""
+    if weight.dim() != 4 or weight.shape[1] != channels:
+        raise shape_error(name, f"[K, {channels}, kh, kw]", weight)
+
+
+def check_pointwise(name: str, weight: torch.Tensor, channels: int) -> None:
+    """`weight` is [K, channels, 1, 1]."""
+    if weight.dim() != 4 or weight.shape[1] != channels or weight.shape[2] != 1 or weight.shape[3] != 1:
+        raise shape_error(name, f"[K, {channels}, 1, 1]", weight)
+
+
+def check_residual(value: Any, expected: Sequence[int], x: torch.Tensor) -> None:
+    """`value` is None or a tensor like `x`, of the result's shape."""
+    if value is None:
+        return
+    check_operand("residual", value, x)
+    if tuple(value.shape) != tuple(expected):
+        raise shape_error("residual", str(list(expected)), value)
+
+
 def check_packed(name: str, value: Any, *weights: torch.Tensor) -> None:
     """`value` is None or has the size of what `prepack` makes of `weights`, one after the other."""
     if value is None:
@@ -81,10 +108,10 @@ def packed_size(weight: torch.Tensor) -> int:
     return -(-filters // PANEL) * PANEL * (weight.numel() // max(filters, 1))
 
 
-def check_act(act: Any) -> None:
+def check_act(act: Any, name: str = "act") -> None:
     """`act` names an activation that the epilogues know."""
     if act not in ACTIVATIONS:
-        raise ValueError(f"`act` must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+        raise ValueError(f"`{name}` must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
 
 
 def shape_error(name: str, expected: str, value: torch.Tensor) -> ValueError:
@@ -103,33 +130,47 @@ def pair(name: str, value: Any) -> list[int]:
 
 
 def geometry(
-    x: torch.Tensor,  # [N, C, H, W]
+    size: Sequence[int],
     weight: torch.Tensor,  # [K, C or 1, kh, kw]
     stride: Any,
     padding: Any,
     dilation: Any,
+    *,
     weight_name: str = "weight",
+    prefix: str = "",
+    map_name: str = "`x`",
 ) -> tuple[list[int], list[int], list[int]]:
-    """(stride, padding, dilation) as the ops take them: pairs, and padding as [top, bottom, left, right]."""
+    """(stride, padding, dilation) as the ops take them: pairs, and padding as [top, bottom, left, right].
+
+    Args:
+        size: (height, width) of what is convolved.
+        weight: of the convolution.
+        stride, padding, dilation: as the caller gave them.
+        weight_name: what errors call `weight`.
+        prefix: of the names that errors give the other three.
+        map_name: what errors call the map of that size.
+    """
     kernel = weight.shape[2:]
     if kernel[0] < 1 or kernel[1] < 1:
         raise ValueError(f"`{weight_name}` must have a kernel of at least 1 x 1, got {tuple(weight.shape)}")
-    stride, dilation = pair("stride", stride), pair("dilation", dilation)
-    sides = _sides(x, kernel, stride, padding, dilation)
-    height = conv_output_size(x.shape[2], kernel[0], stride[0], sides[0], sides[1], dilation[0])
-    width = conv_output_size(x.shape[3], kernel[1], stride[1], sides[2], sides[3], dilation[1])
+    stride, dilation = pair(f"{prefix}stride", stride), pair(f"{prefix}dilation", dilation)
+    sides = _sides(f"{prefix}padding", size, kernel, stride, padding, dilation)
+    height = conv_output_size(size[0], kernel[0], stride[0], sides[0], sides[1], dilation[0])
+    width = conv_output_size(size[1], kernel[1], stride[1], sides[2], sides[3], dilation[1])
     if height < 1 or width < 1:
         raise ValueError(
-            f"`x` must be as large as the kernel once padded, got {x.shape[2]} x {x.shape[3]} with padding {sides} "
+            f"{map_name} must be as large as the kernel once padded, got {size[0]} x {size[1]} with padding {sides} "
             f"for a kernel of {kernel[0]} x {kernel[1]} with dilation {dilation}"
         )
     return stride, sides, dilation
 
 
-def _sides(x: torch.Tensor, kernel: Sequence[int], stride: list[int], padding: Any, dilation: list[int]) -> list[int]:
+def _sides(
+    name: str, size: Sequence[int], kernel: Sequence[int], stride: list[int], padding: Any, dilation: list[int]
+) -> list[int]:
     if padding == "same":
-        top, bottom = same_padding(x.shape[2], kernel[0], stride[0], dilation[0])
-        left, right = same_padding(x.shape[3], kernel[1], stride[1], dilation[1])
+        top, bottom = same_padding(size[0], kernel[0], stride[0], dilation[0])
+        left, right = same_padding(size[1], kernel[1], stride[1], dilation[1])
         return [top, bottom, left, right]
     if isinstance(padding, int):
         sides = [padding] * 4
@@ -139,10 +180,10 @@ def _sides(x: torch.Tensor, kernel: Sequence[int], stride: list[int], padding: A
         sides = list(padding)
     else:
         raise TypeError(
-            f"`padding` must be an int, (vertical, horizontal), (top, bottom, left, right) or 'same', got {padding!r}"
+            f"`{name}` must be an int, (vertical, horizontal), (top, bottom, left, right) or 'same', got {padding!r}"
         )
     if min(sides) < 0:
-        raise ValueError(f"`padding` must not be negative, got {padding!r}")
+        raise ValueError(f"`{name}` must not be negative, got {padding!r}")
     return sides
 
 

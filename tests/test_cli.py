@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gpus import pretend
 
 from mnv4_kernels import environment
 from mnv4_kernels.backends import cuda, native
@@ -93,10 +94,20 @@ class TestTune:
         assert "tuning needs a GPU that the Triton kernels run on: there is no CUDA device" in capsys.readouterr().err
         assert not list(tmp_path.iterdir())
 
-    def test_it_times_the_ops_that_a_patched_model_calls(self) -> None:
+    def test_it_times_the_ops_that_a_patched_model_calls_on_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pretend(monkeypatch)
+        monkeypatch.setattr(tune, "DEVICE", "cpu")
         (case,) = cases_of(parser().parse_args(["tune", "hybrid_medium", "--size", "64", "--out", "own.json"]))
         recorded = {op for op, _ in tune.calls_of(case)}
-        assert recorded == {"conv_bn_act", "dwconv_bn_act", "head", "kv_downsample", "mqa", "pwconv_bn_act"}
+        assert recorded == {
+            "conv_bn_act",
+            "conv_pwconv",
+            "head",
+            "kv_downsample",
+            "mqa_projected",
+            "pwconv_bn_act",
+            "uib",
+        }
 
     def test_the_result_says_what_it_was_run_with_and_a_wrong_kernel_fails_it(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -110,7 +121,7 @@ class TestTune:
         monkeypatch.setattr(cuda, "reasons", tuple)
         monkeypatch.setattr(gpu_tune, "ceilings", lambda: (3000.0, 700.0))
         monkeypatch.setattr(gpu_tune, "tune", tuned)
-        monkeypatch.setattr(tune, "on_gpu", list)
+        monkeypatch.setattr(tune, "calls_of", lambda case: [])
         command = ["tune", *SMALL, "--out", str(tmp_path / "own.json")]
         assert main(command) == 0
         assert noted[0][:2] == (tmp_path / "own.json", (3000.0, 700.0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import pickle
 import threading
@@ -15,54 +14,13 @@ import torch
 
 pytest.importorskip("timm", reason="timm is not installed")
 
-from gpus import pretend
+from gpus import Tape, pretend
 from models import SMALL, assert_as_exact, assert_same_strides, convolutions, create, double_of, images
 
 import mnv4_kernels as mk
 from mnv4_kernels.backends import cuda
 from mnv4_kernels.engine import gpu
-from mnv4_kernels.engine.graphs import GraphCache, Recording, Run
-
-
-class Tape:
-    """Stands in for CUDA graphs: a replay runs the same work anew, into the same tensors, and nothing else."""
-
-    def __init__(self) -> None:
-        self.events: list[str] = []
-        self.inside = 0
-        self.fail_with: list[Exception] = []
-
-    def record(self, run: Run, x: torch.Tensor) -> Recording:
-        self.events.append("record")
-        if self.fail_with:
-            raise self.fail_with.pop()
-        results = [result.clone() for result in run(x)]
-
-        def replay() -> None:
-            assert self.inside == 1, "a replay out of turn"
-            self.events.append("replay")
-            for old, new in zip(results, run(x), strict=True):
-                old.copy_(new)
-
-        for result in results:
-            # a recording computes nothing before its first replay
-            result.fill_(float("nan"))
-        return Recording(x, results, replay)
-
-    @contextlib.contextmanager
-    def in_order(self) -> Iterator[None]:
-        self.inside += 1
-        assert self.inside == 1, "two calls at a time"
-        try:
-            yield
-        finally:
-            self.inside -= 1
-
-    def wait(self) -> None:
-        self.events.append("wait")
-
-    def recording_elsewhere(self) -> bool:
-        return False
+from mnv4_kernels.engine.graphs import GraphCache
 
 
 @pytest.fixture(autouse=True)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +20,12 @@ pytest.importorskip("triton", reason="Triton is not installed")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import gpu_campaign
+import gpu_worker
 from gpu_campaign import ROOT, STAGES, Results, Stage, parse, supervise
+from gpus import pretend
+
+from mnv4_kernels import tuned
+from mnv4_kernels.engine import gpu
 
 #: behaves as told by the key of each row; keeps the protocol of a real worker
 WORKER = """
@@ -115,11 +123,45 @@ def test_without_a_device_there_is_a_message_and_no_file(tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
+def test_every_stage_makes_rows_without_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # restored after the test, whatever the worker makes of them
+    pretend(monkeypatch)
+    monkeypatch.setattr(gpu.GraphedNetwork, "_recorder", None)
+    commands: list[list[str]] = []
+    monkeypatch.setattr(gpu_worker, "_command", lambda command, *_, **__: commands.append(command) or {"status": 0})
+    monkeypatch.setattr(gpu_worker, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    options = ["--models", "conv_small_035", "--batches", "2", "--dtypes", "bfloat16", "--size", "32", "--rows", "2"]
+    for stage in STAGES:
+        arguments = ["--stage", stage.name, "--out", str(tmp_path), "--seconds", "60", *options, "--dry-run"]
+        assert gpu_worker.main(arguments) == 0, Results(tmp_path / "campaign.json").errors()
+    data = Results(tmp_path / "campaign.json").data
+    assert all(1 <= len(data[stage.name]) <= 2 for stage in STAGES)
+    assert data["precompile"]["heuristic configs"] == {"binaries": 1}
+    _, configs = tuned.read(tmp_path / "tuned.json")
+    assert configs
+    assert len(commands) == 4
+
+
+def test_what_the_campaign_gives_pytest_selects_the_tests_that_are_meant() -> None:
+    files = {path for path in (ROOT / "tests").glob("test_*.py") if path.name != Path(__file__).name}
+    marked = {path.name for path in files if re.search(r"mark\.gpu\b|\bDEVICES\b", path.read_text())}
+    assert marked == set(gpu_worker.GPU_TESTS)
+    work = SimpleNamespace(arguments=SimpleNamespace(dry_run=True), deadline=0.0)
+    commands: list[list[str]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_worker, "_command", lambda command, *_, **__: commands.append(command) or {})
+        for _, row in (*gpu_worker.tests(work), *list(gpu_worker.sanitizer(work))[:1]):
+            row()
+    for command, least in zip(commands, (40, 100, 20, 20), strict=True):
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        assert done.stdout.count("::") >= least, command
+
+
 def _dry_run(out: Path, *more: str) -> Any:
     script = str(ROOT / "benchmarks" / "gpu_campaign.py")
-    stages = [stage.name for stage in STAGES if stage.name != "tests"]
     command = [sys.executable, script, "--dry-run", "--out", str(out), "--models", "conv_small_035", "--size", "32"]
-    command += ["--batches", "2", "--stages", *stages, "--minutes", "8", *more]
+    command += ["--batches", "2", "--minutes", "8", *more]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return json.loads((out / "campaign.json").read_text())
@@ -127,13 +169,10 @@ def _dry_run(out: Path, *more: str) -> Any:
 
 @pytest.mark.slow
 def test_a_dry_run_makes_rows_of_every_stage_and_a_second_call_makes_none_again(tmp_path: Path) -> None:
-    from mnv4_kernels import tuned
-
     first = _dry_run(tmp_path / "first")
     for stage in STAGES:
-        if stage.name != "tests":
-            assert first[stage.name], stage.name
-            assert first["calls"][0]["stages"][stage.name]["outcome"] == "done"
+        assert first[stage.name], stage.name
+        assert first["calls"][0]["stages"][stage.name]["outcome"] == "done"
     assert all("of_copy" in row for row in first["depthwise"].values())
     assert set(first["baseline"]) == {
         "conv_small_035/b2/bfloat16/channels_last",

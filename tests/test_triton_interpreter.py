@@ -15,12 +15,15 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-FILES = sorted((Path(__file__).parent / "triton_interpreted").glob("interpreted_*.py"))
+HERE = Path(__file__).parent
+FILES = [*sorted((HERE / "triton_interpreted").glob("interpreted_*.py")), HERE / "test_triton_gpu.py"]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem.removeprefix("interpreted_"))
 def test_kernel_matches_its_reference_in_the_interpreter(file: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "--maxfail=3", "--tb=short", "-p", "no:cacheprovider", str(file)]
+    # the tests for a device know that they are interpreted
+    command += ["-m", "gpu"] if file.parent == HERE else []
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

@@ -17,6 +17,9 @@ from ..backends import cuda
 from .arguments import add_case_arguments, cases_of
 from .console import progress
 
+#: where models are tuned; a test that has no GPU says otherwise
+DEVICE = "cuda"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Models, inputs, and where the result goes."""
@@ -37,7 +40,7 @@ def main(arguments: argparse.Namespace) -> int:
         for case in cases_of(arguments):
             show(f"tuning {case.title}")
             failures += tune.tune(
-                on_gpu(calls_of(case)),
+                calls_of(case),
                 arguments.out,
                 command=where["command"],
                 commit=where["commit"] or f"mnv4_kernels {where['versions']['mnv4_kernels']}",
@@ -49,25 +52,15 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def calls_of(case: Any) -> list[Any]:
-    """The op calls of a case's patched model, recorded on the CPU, where drop-ins call ops."""
+    """The op calls of a case's patched model on the GPU, where whole blocks are one call."""
     import mnv4_kernels
 
     from ..benchmark.case import DTYPES, create_input, create_model
     from ..ops.gpu.tune import record
 
     torch.set_num_threads(case.threads)
-    model = create_model(case).to(DTYPES[case.dtype])
+    model = create_model(case).to(DEVICE, DTYPES[case.dtype])
     mnv4_kernels.patch(model)
-    # a hook inside keeps the network from running as one program of the engine: its pieces call ops
-    model.get_submodule("blocks").register_forward_hook(lambda *_: None)
     with torch.no_grad(), record() as calls:
-        model(create_input(case).to(DTYPES[case.dtype]))
+        model(create_input(case).to(DEVICE, DTYPES[case.dtype]))
     return calls
-
-
-def on_gpu(calls: list[Any]) -> list[Any]:
-    """The same calls with their tensors on the GPU, in the same memory formats."""
-    return [
-        (op, tuple(value.cuda() if isinstance(value, torch.Tensor) else value for value in values))
-        for op, values in calls
-    ]

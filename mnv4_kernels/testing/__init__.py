@@ -2,6 +2,7 @@
 
 from .budget import assert_within_budget, error_budget
 from .cases import CASES, Case
+from .fused import FUSED
 from .layouts import LAYOUTS, lay_out
 from .oracle import baseline, exact, outputs
 from .poison import poisoned_memory
@@ -9,6 +10,7 @@ from .tiers import KNOWN_TIERS, forced_tier, tiers
 
 __all__ = [
     "CASES",
+    "FUSED",
     "KNOWN_TIERS",
     "LAYOUTS",
     "Case",

@@ -76,9 +76,10 @@ class Case:
         return f"{self.op}-{self.label}"
 
 
-def _geometry(
+def geometry(
     size: tuple[int, int], kernel: tuple[int, int], stride: int, padding: Padding | str, dilation: int
 ) -> tuple[list[int], list[int], list[int]]:
+    """(stride, padding, dilation) as the ops take them."""
     if isinstance(padding, str):
         padding = (
             *same_padding(size[0], kernel[0], stride, dilation),
@@ -105,7 +106,7 @@ def dwconv(
         x = d.activation(batch, channels, *size)
         weight = d.weight(channels, 1, *kernel)
         scale, shift = (d.channels(channels, 1.0), d.channels(channels)) if affine else (None, None)
-        return x, weight, scale, shift, *_geometry(size, kernel, stride, padding, dilation), act
+        return x, weight, scale, shift, *geometry(size, kernel, stride, padding, dilation), act
 
     label = (
         f"n{batch}c{channels}_{size[0]}x{size[1]}_k{kernel[0]}x{kernel[1]}s{stride}d{dilation}"
@@ -134,7 +135,7 @@ def conv(
         x = d.activation(batch, channels, *size)
         weight = d.weight(filters, channels, *kernel)
         scale, shift = (d.channels(filters, 1.0), d.channels(filters)) if affine else (None, None)
-        return x, weight, scale, shift, *_geometry(size, kernel, stride, padding, dilation), act, channels_last
+        return x, weight, scale, shift, *geometry(size, kernel, stride, padding, dilation), act, channels_last
 
     label = (
         f"n{batch}c{channels}k{filters}_{size[0]}x{size[1]}_k{kernel[0]}x{kernel[1]}s{stride}d{dilation}"
@@ -193,11 +194,9 @@ def kv_downsample(
 
     def draw(d: Draw) -> tuple[Any, ...]:
         x = d.activation(batch, channels, *size)
-        if kernel is None:
-            geometry = ([1, 1], [0, 0, 0, 0], [1, 1])
-        else:
-            geometry = _geometry(size, kernel, stride, padding, dilation)
-        return x, *path(d, key), *path(d, value), *geometry
+        none = ([1, 1], [0, 0, 0, 0], [1, 1])
+        form = none if kernel is None else geometry(size, kernel, stride, padding, dilation)
+        return x, *path(d, key), *path(d, value), *form
 
     down = "no_down" if kernel is None else f"k{kernel[0]}x{kernel[1]}s{stride}d{dilation}"
     label = f"n{batch}c{channels}_{key}_{value}_{size[0]}x{size[1]}_{down}{'' if affine else '_plain'}"
