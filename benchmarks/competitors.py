@@ -187,7 +187,7 @@ def _enable_gqa(case: Case, arguments: tuple[Any, ...]) -> Call:
 
 
 def _ours(case: Case, arguments: tuple[Any, ...]) -> Call:
-    packed = _PACKED[case.op](arguments)
+    packed = PACKED[case.op](arguments)
     op = getattr(ops, case.op)
     return lambda: op(*arguments, *packed)
 
@@ -203,7 +203,7 @@ def _pack_paths(arguments: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
 
 
 #: The packed weights that follow an op's arguments, as patched models pass them.
-_PACKED: dict[str, Callable[[tuple[Any, ...]], tuple[torch.Tensor, ...]]] = {
+PACKED: dict[str, Callable[[tuple[Any, ...]], tuple[torch.Tensor, ...]]] = {
     "dwconv_bn_act": lambda a: (functional.prepack(a[1], a[2], depthwise=True),),
     "pwconv_bn_act": lambda a: (functional.prepack(a[1], a[2]),),
     "conv_bn_act": lambda a: (functional.prepack(a[1], a[2]),),

@@ -18,11 +18,10 @@ struct PathWeights {
 
 OptionalTensor take(const OptionalTensor& packed, int64_t* offset, const Tensor& weight, Packing packing) {
   if (!packed) return std::nullopt;
-  Tensor whole = *packed;
   const int64_t size = packed_size(weight, packing);
-  STD_TORCH_CHECK(*offset + size <= whole.numel(), "`packed` must hold the packed weights of key and value, got ",
-                  shape_text(whole));
-  Tensor part = torch::stable::narrow(whole, 0, *offset, size);
+  STD_TORCH_CHECK(packed->is_contiguous() && *offset + size <= packed->numel(),
+                  "`packed` must hold the packed weights of key and value, contiguous, got ", shape_text(*packed));
+  Tensor part = viewed(*packed, {size}, *offset);
   *offset += size;
   return part;
 }
@@ -68,7 +67,7 @@ class KvPath {
 
 Tensor narrow_result(const Tensor& x, const Tensor& wide, IntList size) {
   const Storage type = storage_of(x, "x");
-  Tensor out = torch::stable::new_empty(x, size);
+  Tensor out = fresh(size, x.scalar_type());
   pointwise_kernels().narrow(floats(wide), type, out.mutable_data_ptr(), wide.numel());
   return out;
 }
@@ -173,8 +172,8 @@ std::tuple<Tensor, Tensor> kv_downsample(Tensor x, OptionalTensor key_down, Opti
     }
   });
   if (storage_of(x, "x") == Storage::kFloat32) {
-    return {torch::stable::view(results[0], {in.batch, positions, key.outputs()}),
-            torch::stable::view(results[1], {in.batch, positions, value.outputs()})};
+    return {viewed(results[0], {in.batch, positions, key.outputs()}),
+            viewed(results[1], {in.batch, positions, value.outputs()})};
   }
   return {narrow_result(x, results[0], {in.batch, positions, key.outputs()}),
           narrow_result(x, results[1], {in.batch, positions, value.outputs()})};
@@ -187,8 +186,7 @@ const float* widened(const Tensor& t, const char* name, OptionalTensor* storage)
   *storage = scratch(t.numel());
   Tensor dense = t;
   if (!t.is_contiguous()) {
-    dense = torch::stable::new_empty(t, t.sizes());
-    torch::stable::copy_(dense, t);
+    dense = torch::stable::contiguous(t);
   }
   pointwise_kernels().widen(dense.const_data_ptr(), type, floats(**storage), t.numel());
   return floats(**storage);

@@ -5,15 +5,16 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <sstream>
 
 #include "kernels/conv/conv.h"
+#include "ops/fresh.h"
 
 namespace mnv4::ops {
 namespace {
 
-using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 
 // Pixels that one task of a layout conversion moves: a tile of 16 by 16 floats fits L1 many times over.
@@ -75,13 +76,7 @@ void advise_huge_pages(const Tensor& t) {
 #endif
 }
 
-Tensor empty(std::vector<int64_t> size, ScalarType type, bool channels_last) {
-  const auto format = channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-  Tensor t = torch::stable::empty(size, type, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                                  std::nullopt, format);
-  advise_huge_pages(t);
-  return t;
-}
+std::atomic<bool> fresh_memory_is_filled{false};
 
 // Strides of a tensor whose channels are adjacent, sizes of one taken as dense.
 Image view(const Tensor& x) {
@@ -129,7 +124,43 @@ Activation activation_of(const std::string& name) {
   STD_TORCH_CHECK(false, "`act` must be one of ", known, ", got '", name, "'");
 }
 
-Tensor scratch(int64_t n) { return empty({n}, ScalarType::Float, false); }
+// Straight from the allocator: torch::stable::empty looks its op up by name and goes through the dispatcher.
+Tensor fresh(const IntList& size, ScalarType type, bool channels_last) {
+  constexpr size_t kInnermostFirst[] = {1, 3, 2, 0};
+  int64_t strides[4];
+  const size_t dims = size.size();
+  STD_TORCH_CHECK(dims <= 4 && (dims == 4 || !channels_last), "a tensor of ", dims, " dimensions is none of the ops'");
+  int64_t stride = 1;
+  for (size_t i = 0; i < dims; ++i) {
+    const size_t axis = channels_last ? kInnermostFirst[i] : dims - 1 - i;
+    strides[axis] = stride;
+    // as torch.empty has it for sizes of zero
+    stride *= channels_last ? size[axis] : std::max<int64_t>(size[axis], 1);
+  }
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dims), size.data(), strides, code,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor t(handle);
+  advise_huge_pages(t);
+  // every byte 0xff: NaN in each floating-point type
+  if (fresh_memory_is_filled)
+    std::memset(t.mutable_data_ptr(), 0xff, static_cast<size_t>(t.numel()) * t.element_size());
+  return t;
+}
+
+// as torch::stable::view and narrow, without their way through the dispatcher
+Tensor viewed(const Tensor& t, const IntList& size, int64_t offset) {
+  IntList strides(size.size());
+  int64_t stride = 1;
+  for (size_t i = size.size(); i-- > 0; stride *= std::max<int64_t>(size[i], 1)) strides[i] = stride;
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(size.size()), size.data(),
+                                                               strides.data(), offset, &handle));
+  return Tensor(handle);
+}
+
+Tensor scratch(int64_t n) { return fresh({n}, ScalarType::Float); }
 
 float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
@@ -194,7 +225,7 @@ Image dense_image(const Tensor& x, const char* name) {
 }
 
 Result::Result(const Tensor& like, int64_t batch, int64_t channels, int64_t height, int64_t width, bool channels_last)
-    : out_(empty({batch, channels, height, width}, like.scalar_type(), channels_last)),
+    : out_(fresh({batch, channels, height, width}, like.scalar_type(), channels_last)),
       type_(storage_of(like, "x")),
       channels_last_(channels_last || height * width == 1 || channels == 1),
       batch_(batch),
@@ -332,3 +363,9 @@ Geometry geometry(const Tensor& x, const Tensor& weight, const IntList& stride, 
 }
 
 }  // namespace mnv4::ops
+
+namespace mnv4 {
+
+void fill_fresh_memory(bool on) { ops::fresh_memory_is_filled = on; }
+
+}  // namespace mnv4

@@ -33,6 +33,12 @@ Storage storage_of(const Tensor& t, const char* name);
 
 Activation activation_of(const std::string& name);
 
+// An uninitialised CPU tensor of at most four dimensions, NCHW or NHWC.
+Tensor fresh(const IntList& size, torch::headeronly::ScalarType type, bool channels_last = false);
+
+// The elements of a dense tensor from `offset` on as a contiguous one of `size`.
+Tensor viewed(const Tensor& t, const IntList& size, int64_t offset = 0);
+
 // Uninitialised float32 scratch of n floats, freed with the tensor.
 Tensor scratch(int64_t n);
 float* floats(const Tensor& t);

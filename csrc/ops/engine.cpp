@@ -104,7 +104,7 @@ std::vector<Tensor> run(engine::Engine& engine, const Tensor& x, int64_t tag) {
   std::vector<float*> outputs;
   for (const engine::Shape& s : engine.output_shapes(source.shape, workers, tag)) {
     const IntList size = s.vector ? IntList{s.images, s.channels} : IntList{s.images, s.channels, s.height, s.width};
-    results.push_back(torch::stable::empty(size, torch::headeronly::ScalarType::Float));
+    results.push_back(fresh(size, torch::headeronly::ScalarType::Float));
     outputs.push_back(floats(results.back()));
   }
   engine.run(source.shape, source.input, outputs, workers, tag, parallel_region);
@@ -148,7 +148,7 @@ Tensor program_pack(std::string program, std::vector<Tensor> arrays, bool bfloat
   built.nodes = parse(program, static_cast<int64_t>(arrays.size()));
   const Storage compute = storage_for(bfloat16);
   const int64_t bytes = engine::Engine::packed_bytes(built, compute);
-  Tensor packed = torch::stable::empty(IntList{bytes}, torch::headeronly::ScalarType::Byte);
+  Tensor packed = fresh(IntList{bytes}, torch::headeronly::ScalarType::Byte);
   auto* to = static_cast<char*>(packed.mutable_data_ptr());
   std::fill_n(to, bytes, char{0});
   engine::Engine::pack(built, compute, to, torch::stable::get_num_threads(), parallel_region);
@@ -206,8 +206,8 @@ std::tuple<Tensor, Tensor, std::string> engine_profile(int64_t handle, Tensor x,
   const engine::Engine::Profile profile =
       engine->profile(source.shape, source.input, workers, tag, repeats, parallel_region);
   const auto steps = static_cast<int64_t>(profile.steps.size());
-  Tensor seconds = torch::stable::empty(IntList{repeats, steps}, torch::headeronly::ScalarType::Double);
-  Tensor nodes = torch::stable::empty(IntList{steps}, torch::headeronly::ScalarType::Long);
+  Tensor seconds = fresh(IntList{repeats, steps}, torch::headeronly::ScalarType::Double);
+  Tensor nodes = fresh(IntList{steps}, torch::headeronly::ScalarType::Long);
   std::copy(profile.seconds.begin(), profile.seconds.end(), static_cast<double*>(seconds.mutable_data_ptr()));
   std::string parts;
   for (int64_t i = 0; i < steps; ++i) {
@@ -221,8 +221,7 @@ std::tuple<Tensor, Tensor, std::string> engine_profile(int64_t handle, Tensor x,
 std::vector<Tensor> engine_arrays(int64_t handle) {
   std::vector<Tensor> results;
   for (const std::vector<float>& array : registry().find(handle)->arrays()) {
-    results.push_back(
-        torch::stable::empty(IntList{static_cast<int64_t>(array.size())}, torch::headeronly::ScalarType::Float));
+    results.push_back(fresh(IntList{static_cast<int64_t>(array.size())}, torch::headeronly::ScalarType::Float));
     std::copy(array.begin(), array.end(), floats(results.back()));
   }
   return results;

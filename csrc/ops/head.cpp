@@ -75,7 +75,7 @@ Tensor head(Tensor x, Tensor weight, OptionalTensor scale, OptionalTensor shift,
       product(floats(pooled), in.batch, channels, panels, bias, activation, out.data(), features);
     }
   }
-  return torch::stable::view(out.finish(), {in.batch, outputs});
+  return viewed(out.finish(), {in.batch, outputs});
 }
 
 }  // namespace

@@ -9,11 +9,6 @@
 namespace mnv4::ops {
 namespace {
 
-Tensor empty_of(std::vector<int64_t> size, torch::headeronly::ScalarType type) {
-  return torch::stable::empty(size, type, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                              std::nullopt, torch::headeronly::MemoryFormat::Contiguous);
-}
-
 void copy_vector(const OptionalTensor& values, int64_t n, const char* name, float otherwise, float* to) {
   if (!values) {
     std::fill_n(to, n, otherwise);
@@ -154,12 +149,12 @@ std::vector<double> join(const float* parts, int64_t count, int64_t width) {
 
 Tensor channel_gradient(const std::vector<float>& values, const OptionalTensor& like, const Tensor& x) {
   if (!like) return nothing(x);
-  Tensor out = empty_of({static_cast<int64_t>(values.size())}, like->scalar_type());
+  Tensor out = fresh({static_cast<int64_t>(values.size())}, like->scalar_type());
   pointwise_kernels().narrow(values.data(), storage_of(*like, "gamma"), out.mutable_data_ptr(), out.numel());
   return out;
 }
 
-Tensor nothing(const Tensor& x) { return empty_of({0}, x.scalar_type()); }
+Tensor nothing(const Tensor& x) { return fresh({0}, x.scalar_type()); }
 
 Tensor zeroed(int64_t n) {
   Tensor t = scratch(n);
@@ -209,7 +204,7 @@ void round_to(Storage type, float* values, int64_t n) {
 WeightGradient::WeightGradient(const Tensor& weight) {
   std::vector<int64_t> size;
   for (int64_t i = 0; i < weight.dim(); ++i) size.push_back(weight.size(i));
-  out_ = empty_of(size, weight.scalar_type());
+  out_ = fresh(size, weight.scalar_type());
   type_ = storage_of(weight, "weight");
   wide_ = type_ == Storage::kFloat32 ? out_ : scratch(weight.numel());
 }

@@ -53,7 +53,8 @@ def define(
         formula: how it is called.
     """
     name = schema.split("(", 1)[0]
-    LIBRARY.define(schema)
+    # an op takes x as it lies and answers in x's format: inductor need not copy its inputs to the strides of eager
+    LIBRARY.define(schema, tags=(torch.Tag.flexible_layout,))
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     REFERENCES[name] = reference
@@ -65,10 +66,9 @@ def define(
     if formula is not None:
         FORMULAS[name] = formula
         DIRECT[name] = differentiable_by(op, backward, formula)
-        setup_context, vjp = formula(backward)
-        torch.library.register_autograd(f"{NAMESPACE}::{name}", vjp, setup_context=setup_context, lib=LIBRARY)
+        _register_autograd(name, op, DIRECT[name])
     elif differentiable:
-        _register_recomputing_autograd(name, op, reference)
+        _register_autograd(name, op, differentiable_by(op, reference, _recomputing))
     return op
 
 
@@ -85,6 +85,18 @@ def differentiable_by(op: Callable[..., Any], backward: Callable[..., Any], form
     members = {"forward": staticmethod(forward), "backward": staticmethod(vjp)}
     function: Any = type(op.__name__, (torch.autograd.Function,), members)
     return cast(Callable[..., Any], function.apply)
+
+
+def _register_autograd(name: str, op: Any, differentiable: Callable[..., Any]) -> None:
+    """`differentiable` where a gradient is wanted, else straight on; sooner than `register_autograd` does."""
+    keys_below = torch._C._after_autograd_keyset
+
+    def autograd(keys: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return differentiable(*args)
+        return op.redispatch(keys & keys_below, *args)
+
+    LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
 
 
 def _register_autocast(name: str, op: Any, cast: list[int], device: str) -> None:
@@ -110,7 +122,7 @@ def _cast(value: Any, dtype: torch.dtype, device_type: str) -> Any:
     return value.to(dtype) if eligible and value.dtype != torch.float64 else value
 
 
-def _register_recomputing_autograd(name: str, op: Any, reference: Callable[..., Any]) -> None:
+def _recomputing(reference: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Backward = the vector-Jacobian product of the reference, recomputed from the inputs."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -148,4 +160,4 @@ def _register_recomputing_autograd(name: str, op: Any, reference: Callable[..., 
             result[index] = grad
         return tuple(result)
 
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    return setup_context, backward
