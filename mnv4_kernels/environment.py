@@ -21,6 +21,7 @@ OPS = (
     "dwconv_pwconv",
     "head",
     "kv_downsample",
+    "mobile_attention",
     "mqa",
     "mqa_projected",
     "pwconv_bn_act",

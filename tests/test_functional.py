@@ -312,7 +312,7 @@ class TestGradients:
             small["residual"] = small["residual"][:1, :, :4, :3]
         names = [k for k, v in small.items() if isinstance(v, torch.Tensor)]
         leaves = [small[k].clone().requires_grad_() for k in names]
-        extra = {} if name in ("mqa", "kv", "projected") else {"act": "gelu"}
+        extra = {} if name in ("mqa", "kv", "projected", "attention") else {"act": "gelu"}
         assert torch.autograd.gradcheck(
             lambda *values: function(**{**small, **dict(zip(names, values, strict=True)), **extra}), leaves
         )

@@ -95,6 +95,26 @@ def test_attention_with_its_projections_is_timms() -> None:
     torch.testing.assert_close(y, block(x))
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_whole_attention_block_is_timms(stride: int) -> None:
+    block = _settled(
+        blocks.MobileAttention(
+            12, 12, num_heads=2, key_dim=4, value_dim=6, use_multi_query=True, kv_stride=stride, dw_kernel_size=5
+        )
+    )
+    attention, x = block.attn, _images(2, 12, 6, 5)
+    given: dict[str, Any] = _vectors("norm_", block.norm)
+    for name, path in (("key", attention.key), ("value", attention.value)):
+        if stride > 1:
+            given |= {f"{name}_down": path.down_conv.weight, **_vectors(f"{name}_", path.norm)}
+            given |= {"stride": path.down_conv.stride, "padding": path.down_conv.padding}
+    y = mk.mobile_attention(
+        x, attention.query.proj.weight, attention.key.proj.weight, attention.value.proj.weight,
+        attention.output.proj.weight, heads=2, gamma=block.layer_scale.gamma, residual=True, **given,
+    )  # fmt: skip
+    torch.testing.assert_close(y, block(x))
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_the_answer_lies_in_memory_as_the_input_does(memory_format: torch.memory_format) -> None:
     x = torch.randn(2, 6, 4, 5).contiguous(memory_format=memory_format)

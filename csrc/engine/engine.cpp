@@ -287,53 +287,76 @@ std::vector<Shape> Engine::output_shapes(const Shape& shape, int64_t workers, in
   return shapes;
 }
 
-void Engine::run(const Shape& shape, const Input& input, const std::vector<float*>& outputs, int64_t workers,
-                 int64_t tag, const ParallelRegion& parallel) {
-  std::vector<float*> out = outputs;
-  Input in = input;
-  for (int64_t first = 0; first < shape.images; first += kMostImages) {
-    Shape part = shape;
-    part.images = std::min(kMostImages, shape.images - first);
-    const std::shared_ptr<Plan> chosen = plan(part, workers, tag);
-    Memory memory = chosen->borrow();
-    const Context context{memory.data(), in, out.data(), nullptr};
-    Team team(workers, chosen->most_jobs());
-    parallel(workers, [&](int64_t begin, int64_t end) {
-      chosen->run(context, team, begin, end, chosen->scratch(memory, begin));
+Engine::Part Engine::part(const Shape& shape, int64_t workers, int64_t tag) {
+  Part part{nullptr, shape, 1};
+  const int64_t each = std::min(shape.images / workers, kMostImages);
+  if (workers > 1 && each > 0) {
+    part.teams = workers;
+    part.shape.images = each;
+  } else {
+    part.shape.images = std::min(shape.images, kMostImages);
+  }
+  part.plan = plan(part.shape, workers / part.teams, tag);
+  return part;
+}
+
+void Engine::run_part(const Part& part, const Context& context, const ParallelRegion& parallel) {
+  Plan& plan = *part.plan;
+  Memory memory = plan.borrow(part.teams);
+  if (part.teams == 1) {
+    Context own = context;
+    own.arena = memory.data();
+    Team team(plan.workers(), plan.most_jobs());
+    parallel(plan.workers(),
+             [&](int64_t begin, int64_t end) { plan.run(own, team, begin, end, plan.scratch(memory, 0, begin)); });
+  } else {
+    parallel(part.teams, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        Context own = context;
+        own.arena = plan.arena(memory, t);
+        own.first_image += t * part.shape.images;
+        if (t > 0) own.step_seconds = nullptr;
+        Team team(1, plan.most_jobs());
+        plan.run(own, team, 0, 1, plan.scratch(memory, t, 0));
+      }
     });
-    for (size_t i = 0; i < out.size(); ++i) {
-      const Shape& s = chosen->outputs()[i];
-      out[i] += part.images * s.channels * s.height * s.width;
-    }
-    in.data += part.images * in.image;
-    chosen->give_back(std::move(memory));
+  }
+  plan.give_back(std::move(memory));
+}
+
+void Engine::run(const Shape& shape, const Input& input, const std::vector<float*>& outputs, bool nhwc, int64_t workers,
+                 int64_t tag, const ParallelRegion& parallel) {
+  Context context{nullptr, input, 0, outputs.data(), nhwc, nullptr};
+  while (context.first_image < shape.images) {
+    Shape rest = shape;
+    rest.images -= context.first_image;
+    const Part next = part(rest, workers, tag);
+    run_part(next, context, parallel);
+    context.first_image += next.teams * next.shape.images;
   }
 }
 
 Engine::Profile Engine::profile(const Shape& shape, const Input& input, int64_t workers, int64_t tag, int64_t repeats,
                                 const ParallelRegion& parallel) {
-  Shape part = shape;
-  part.images = std::min(kMostImages, shape.images);
-  const std::shared_ptr<Plan> chosen = plan(part, workers, tag);
+  const Part first = part(shape, workers, tag);
   std::vector<std::vector<float>> results;
   std::vector<float*> outputs;
-  for (const Shape& s : chosen->outputs()) {
-    results.emplace_back(static_cast<size_t>(s.images * s.channels * s.height * s.width));
+  for (const Shape& s : first.plan->outputs()) {
+    results.emplace_back(static_cast<size_t>(first.teams * s.images * s.channels * s.height * s.width));
     outputs.push_back(results.back().data());
   }
-  Memory memory = chosen->borrow();
-  const size_t steps = chosen->steps().size();
+  const std::vector<Step>& steps = first.plan->steps();
   Profile found;
-  found.seconds.assign(static_cast<size_t>(repeats) * steps, 0.0);
+  found.seconds.assign(static_cast<size_t>(repeats) * steps.size(), 0.0);
   for (int64_t r = 0; r < repeats; ++r) {
-    const Context context{memory.data(), input, outputs.data(), found.seconds.data() + static_cast<size_t>(r) * steps};
-    Team team(workers, chosen->most_jobs());
-    parallel(workers, [&](int64_t begin, int64_t end) {
-      chosen->run(context, team, begin, end, chosen->scratch(memory, begin));
-    });
+    double* seconds = found.seconds.data() + static_cast<size_t>(r) * steps.size();
+    run_part(first, {nullptr, input, 0, outputs.data(), false, seconds}, parallel);
   }
-  chosen->give_back(std::move(memory));
-  for (const Step& step : chosen->steps()) found.steps.push_back({step.node, step.part, step.reason});
+  const std::string alone = first.teams > 1 ? "each worker has images of its own" : "";
+  for (const Step& step : steps) {
+    const char* between = step.reason.empty() || alone.empty() ? "" : ", ";
+    found.steps.push_back({step.node, step.part, step.reason + between + alone});
+  }
   return found;
 }
 

@@ -39,9 +39,9 @@ class Engine {
 
   int64_t channels() const { return program_.nodes.front().channels; }
 
-  // Thread-safe; `shape` has channels() channels. Input strides in floats; outputs dense NCHW.
-  void run(const Shape& shape, const Input& input, const std::vector<float*>& outputs, int64_t workers, int64_t tag,
-           const ParallelRegion& parallel);
+  // Thread-safe; `shape` has channels() channels. Input strides in floats; outputs dense NCHW or NHWC.
+  void run(const Shape& shape, const Input& input, const std::vector<float*>& outputs, bool nhwc, int64_t workers,
+           int64_t tag, const ParallelRegion& parallel);
 
   // Seconds of each step, [repeats][steps], and what each step is, as in Step.
   struct Profile {
@@ -57,6 +57,18 @@ class Engine {
                   const ParallelRegion& parallel);
 
  private:
+  // The first images of a batch: `shape` is what each of `teams` plans computes at the same time.
+  struct Part {
+    std::shared_ptr<Plan> plan;
+    Shape shape;
+    int64_t teams;
+  };
+  // As many as there are workers take equal numbers of images each, and each computes its own from end to end: maps
+  // stay in its own L2, and nobody waits. What is left of a batch is shared, image by image.
+  Part part(const Shape& shape, int64_t workers, int64_t tag);
+  // `context` without an arena.
+  void run_part(const Part& part, const Context& context, const ParallelRegion& parallel);
+
   // An array's place in the packed weights.
   struct Slot {
     size_t node;

@@ -83,7 +83,8 @@ void InputJob::run(const Context& context, int64_t begin, int64_t end, Worker&) 
     const int64_t image = begin / y_.height;
     const int64_t row = begin % y_.height;
     for (int64_t block = 0; block < y_.blocks(); ++block) {
-      const float* x = in.data + (first_image_ + image) * in.image + row * in.row + block * in.block;
+      const float* x =
+          in.data + (context.first_image + first_image_ + image) * in.image + row * in.row + block * in.block;
       void* y = y_.at(context.arena, image * y_.image() + block * y_.plane() + row * y_.width * kPanel);
       const int64_t channels = std::min<int64_t>(kPanel, y_.channels - block * kPanel);
       for (int64_t i = 0; i < y_.width; ++i) {
@@ -212,7 +213,7 @@ void ConvJob::run(const Context& context, int64_t begin, int64_t end, Worker& wo
     ConvArgs& reader = spec_.has_source ? source_args : args;
     if (spec_.from_input) {
       const Input& in = context.input;
-      reader.x = in.data + (spec_.first_image + image) * in.image;
+      reader.x = in.data + (context.first_image + spec_.first_image + image) * in.image;
       reader.x_channel = in.channel;
       reader.x_block = in.block;
       reader.x_row = in.row;
@@ -262,7 +263,8 @@ int64_t panel_tiles(const PanelJob::Spec& s) { return div_up(s.x.rows, panel_ker
 
 int64_t panel_units(const PanelJob::Spec& s) {
   const int64_t panels = s.x.images * div_up(s.y.columns, kPanel);
-  return s.dw || s.mean ? panels : panels * panel_tiles(s);
+  const int64_t tiles = panel_tiles(s);
+  return s.dw || s.mean ? panels : panels * (tiles * (s.part + 1) / s.parts - tiles * s.part / s.parts);
 }
 
 double panel_cost(const PanelJob::Spec& s) {
@@ -281,7 +283,9 @@ PanelJob::PanelJob(Spec spec)
           dwconv_kernel(spec.keep_y ? spec.y.type : Storage::kFloat32, spec.dw ? spec.dw->y.type : Storage::kFloat32)),
       spec_(std::move(spec)),
       whole_(spec_.dw || spec_.mean),
-      tiles_(panel_tiles(spec_)) {
+      tiles_(panel_tiles(spec_)),
+      first_tile_(tiles_ * spec_.part / spec_.parts),
+      last_tile_(tiles_ * (spec_.part + 1) / spec_.parts) {
   const bool planes = spec_.x.row == kPanel && spec_.x.panel != kPanel;
   const int64_t segments = planes ? spec_.depth / kPanel : 1;
   for (int64_t s = 0; s < segments; ++s) segment_.push_back(s * spec_.x.panel);
@@ -338,10 +342,11 @@ void PanelJob::run(const Context& context, int64_t begin, int64_t end, Worker& w
     for (; begin < end; ++begin) panel(context, begin % images, begin / images, 0, rows, worker);
     return;
   }
+  const int64_t tiles = last_tile_ - first_tile_;
   while (begin < end) {
-    const int64_t tile = begin % tiles_;
-    const int64_t count = std::min(tiles_ - tile, end - begin);
-    const int64_t group = begin / tiles_;
+    const int64_t tile = first_tile_ + begin % tiles;
+    const int64_t count = std::min(last_tile_ - tile, end - begin);
+    const int64_t group = begin / tiles;
     panel(context, group % images, group / images, rows * tile / tiles_, rows * (tile + count) / tiles_, worker);
     begin += count;
   }
@@ -349,7 +354,7 @@ void PanelJob::run(const Context& context, int64_t begin, int64_t end, Worker& w
 
 std::vector<Stream::Range> PanelJob::weights(int64_t begin, int64_t end) const {
   if (begin == end) return {};
-  const int64_t units = spec_.x.images * (whole_ ? 1 : tiles_);
+  const int64_t units = spec_.x.images * (whole_ ? 1 : last_tile_ - first_tile_);
   std::vector<Stream::Range> found;
   for (int64_t p = begin / units; p <= (end - 1) / units; ++p) {
     const void* panel = advance(spec_.weight, spec_.x.type, p * spec_.depth * kPanel);
@@ -362,17 +367,21 @@ int64_t PanelJob::passes(int64_t begin, int64_t end) const {
   return (end - begin) * (whole_ ? tiles_ : 1) * panel_bytes();
 }
 
-DepthwiseJob::DepthwiseJob(const Planes& x, Depthwise dw)
-    : Job(dw.y.images * dw.y.blocks() * dw.y.height, dw.plane_cost() / static_cast<double>(dw.y.height)),
+DepthwiseJob::DepthwiseJob(const Planes& x, Depthwise dw, int64_t part, int64_t parts)
+    : Job(dw.y.images * dw.y.blocks() * (dw.y.height * (part + 1) / parts - dw.y.height * part / parts),
+          dw.plane_cost() / static_cast<double>(dw.y.height)),
       kernel_(dwconv_kernel(x.type, dw.y.type)),
       x_(x),
-      dw_(std::move(dw)) {}
+      dw_(std::move(dw)),
+      first_row_(dw_.y.height * part / parts),
+      last_row_(dw_.y.height * (part + 1) / parts) {}
 
 void DepthwiseJob::run(const Context& context, int64_t begin, int64_t end, Worker& worker) const {
   while (begin < end) {
-    const int64_t row = begin % dw_.y.height;
-    const int64_t rows = std::min(dw_.y.height - row, end - begin);
-    const int64_t plane = begin / dw_.y.height;  // image and block: planes of a batch are adjacent
+    const int64_t height = last_row_ - first_row_;
+    const int64_t row = first_row_ + begin % height;
+    const int64_t rows = std::min(last_row_ - row, end - begin);
+    const int64_t plane = begin / height;  // image and block: planes of a batch are adjacent
     dw_.run(kernel_, x_.at(context.arena, plane * x_.plane()), dw_.y.at(context.arena, plane * dw_.y.plane()),
             plane % x_.blocks(), row, row + rows, worker.scratch);
     begin += rows;
@@ -525,9 +534,19 @@ void OutputJob::run(const Context& context, int64_t begin, int64_t end, Worker& 
       pointwise_kernels().widen(plane, x_.type, scratch, x_.plane());
       x = scratch;
     }
-    float* y = context.outputs[index_] + ((first_image_ + image) * x_.channels + first) * pixels;
-    for (int64_t c = 0; c < channels; ++c) {
-      for (int64_t p = 0; p < pixels; ++p) y[c * pixels + p] = x[p * kPanel + c];
+    float* y = context.outputs[index_] + (context.first_image + first_image_ + image) * x_.channels * pixels;
+    if (context.nhwc) {
+      y += first;
+      for (int64_t p = 0; p < pixels; ++p) std::copy_n(x + p * kPanel, channels, y + p * x_.channels);
+      continue;
+    }
+    y += first * pixels;
+    // as many pixels at a time as stay in L1 for all channels
+    for (int64_t p = 0; p < pixels; p += kPanel) {
+      const int64_t count = std::min<int64_t>(kPanel, pixels - p);
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t i = 0; i < count; ++i) y[c * pixels + p + i] = x[(p + i) * kPanel + c];
+      }
     }
   }
 }

@@ -49,7 +49,11 @@ struct Input {
 struct Context {
   char* arena;
   Input input;
+  // of the caller's batch, that this run computes
+  int64_t first_image;
   float* const* outputs;
+  // maps among them, else NCHW
+  bool nhwc;
   // [step] seconds between the barriers, as worker 0 sees them; null where nobody asks
   double* step_seconds;
 };
@@ -184,13 +188,16 @@ class PanelJob : public Job {
     Activation act = Activation::kNone;
     bool has_residual = false;
     Matrix residual;
-    std::unique_ptr<Depthwise> dw;  // of the panel's plane
-    bool mean = false;              // of the panel's plane, over its pixels; only where y is not kept
+    std::optional<Depthwise> dw;  // of the panel's plane
+    bool mean = false;            // of the panel's plane, over its pixels; only where y is not kept
     Planes mean_y;
+    // without a rider: this part of the tiles of x's rows
+    int64_t part = 0;
+    int64_t parts = 1;
   };
   explicit PanelJob(Spec spec);
   void run(const Context& context, int64_t begin, int64_t end, Worker& worker) const override;
-  int64_t grain() const override { return whole_ ? 1 : std::min<int64_t>(tiles_, 8); }
+  int64_t grain() const override { return whole_ ? 1 : std::clamp<int64_t>(last_tile_ - first_tile_, 1, 8); }
   int64_t scratch_floats() const override;
   std::vector<Stream::Range> weights(int64_t begin, int64_t end) const override;
   int64_t passes(int64_t begin, int64_t end) const override;
@@ -205,21 +212,25 @@ class PanelJob : public Job {
   Spec spec_;
   bool whole_;  // a unit is a whole panel of an image, else a tile of rows
   int64_t tiles_;
+  int64_t first_tile_;
+  int64_t last_tile_;
   std::vector<ptrdiff_t> segment_;
 };
 
-// Depthwise convolution of its own; a unit is an output row of one plane.
+// Depthwise convolution of its own, or one part of its rows; a unit is an output row of one plane.
 class DepthwiseJob : public Job {
  public:
-  DepthwiseJob(const Planes& x, Depthwise dw);
+  DepthwiseJob(const Planes& x, Depthwise dw, int64_t part, int64_t parts);
   void run(const Context& context, int64_t begin, int64_t end, Worker& worker) const override;
-  int64_t grain() const override { return std::min<int64_t>(dw_.y.height, 8); }
+  int64_t grain() const override { return std::clamp<int64_t>(last_row_ - first_row_, 1, 8); }
   int64_t scratch_floats() const override { return dw_.padded_floats(); }
 
  private:
   const DwconvKernel& kernel_;
   Planes x_;
   Depthwise dw_;
+  int64_t first_row_;
+  int64_t last_row_;
 };
 
 // Normalises a plane and downsamples it for key and for value; a unit is a plane.
@@ -299,7 +310,7 @@ class LinearJob : public Job {
   Activation act_;
 };
 
-// The caller's NCHW result from planes or from rows; a unit is 16 channels of an image.
+// The caller's result from planes or from rows; a unit is 16 channels of an image.
 class OutputJob : public Job {
  public:
   OutputJob(const Planes& x, int64_t index, int64_t first_image);

@@ -46,7 +46,8 @@ class Planner {
         chunk_(images_at_a_time(layout_, input.images, cache_bytes)),
         place_(program.nodes.size()),
         offsets_(program.nodes.size()),
-        output_(program.nodes.size(), 0) {
+        output_(program.nodes.size(), 0),
+        by_rows_(program.nodes.size(), false) {
     find_outputs();
     group_nodes();
     place_nodes();
@@ -233,14 +234,24 @@ class Planner {
     return dw;
   }
 
-  std::unique_ptr<Job> product(const Matrix& x, const Matrix& y, const void* weight, const float* bias) const {
+  // A product without a rider. Workers share the larger of its operands and each read the whole of the other: rows of
+  // the map, which stay with the worker who reads them next, or panels of weights.
+  bool add_product(PanelJob::Spec spec) {
+    const int64_t panels = div_up(spec.y.columns, kPanel);
+    const bool by_rows = spec.x.images * spec.x.rows > panels * kPanel;
+    spec.parts = by_rows ? plan_.workers_ : 1;
+    for (; spec.part < spec.parts; ++spec.part) add(std::make_unique<PanelJob>(spec));
+    return by_rows;
+  }
+
+  void add_product(const Matrix& x, const Matrix& y, const void* weight, const float* bias) {
     PanelJob::Spec spec;
     spec.x = x;
     spec.y = y;
     spec.depth = round_up(x.columns, kPanel);
     spec.weight = weight;
     spec.bias = bias;
-    return std::make_unique<PanelJob>(std::move(spec));
+    add_product(std::move(spec));
   }
 
   void emit(const Group& group, int64_t now) {
@@ -258,7 +269,10 @@ class Planner {
         const Planes x = planes(n.input);
         Depthwise dw = depthwise(group.head, layout_.pads(group.head), x, planes(group.head), array(group.head, 0),
                                  array(group.head, 1));
-        add(std::make_unique<DepthwiseJob>(x, std::move(dw)));
+        // as its input was shared, so that most of what a worker reads it has written
+        const int64_t parts = by_rows_[static_cast<size_t>(n.input)] ? plan_.workers_ : 1;
+        by_rows_[static_cast<size_t>(group.head)] = parts > 1;
+        for (int64_t part = 0; part < parts; ++part) add(std::make_unique<DepthwiseJob>(x, dw, part, parts));
         break;
       }
       case Kind::kPointwise:
@@ -333,6 +347,7 @@ class Planner {
     }
     const char* parts[] = {"conv", "conv+conv", "conv+pointwise", "conv+conv+pointwise"};
     step(group.head, parts[(spec.has_source ? 1 : 0) + (spec.projection ? 2 : 0)]);
+    by_rows_[static_cast<size_t>(group.members().back())] = true;
     add(std::make_unique<ConvJob>(std::move(spec)));
   }
 
@@ -351,16 +366,19 @@ class Planner {
       spec.residual = Matrix::of(planes(n.residual));
     }
     if (group.rider >= 0 && node(group.rider).what() == Kind::kDepthwise) {
-      spec.dw =
-          std::make_unique<Depthwise>(depthwise(group.rider, layout_.pads(group.rider), planes(group.head),
-                                                planes(group.rider), array(group.rider, 0), array(group.rider, 1)));
+      spec.dw = depthwise(group.rider, layout_.pads(group.rider), planes(group.head), planes(group.rider),
+                          array(group.rider, 0), array(group.rider, 1));
     } else if (group.rider >= 0) {
       spec.mean = true;
       spec.mean_y = planes(group.rider);
     }
     const char* rider = group.rider < 0 ? "pointwise" : spec.mean ? "pointwise+pool" : "pointwise+depthwise";
     step(group.head, rider);
-    add(std::make_unique<PanelJob>(std::move(spec)));
+    if (group.rider >= 0) {
+      add(std::make_unique<PanelJob>(std::move(spec)));
+    } else {
+      by_rows_[static_cast<size_t>(group.head)] = add_product(std::move(spec));
+    }
   }
 
   void emit_attention(int64_t id, int64_t now) {
@@ -397,7 +415,7 @@ class Planner {
     Matrix query = Matrix::row_major(Storage::kFloat32, images, x.pixels(), n.heads * n.key_dim);
     query.offset = place(query.bytes());
     step(id, downsampled ? "query, downsample" : "query, key, value");
-    add(product(rows, query, weight(id, kQuery), array(id, kQueryBias)));
+    add_product(rows, query, weight(id, kQuery), array(id, kQueryBias));
 
     Matrix key_source = rows;
     Matrix value_source = rows;
@@ -424,8 +442,8 @@ class Planner {
     // value planes are what attention's second product reads as packed panels
     Planes value{0, Storage::kFloat32, images, n.value_dim, positions, 1};
     value.offset = place(value.bytes());
-    add(product(key_source, key, weight(id, kKey), array(id, kKeyBias)));
-    add(product(value_source, Matrix::of(value), weight(id, kValue), array(id, kValueBias)));
+    add_product(key_source, key, weight(id, kKey), array(id, kKeyBias));
+    add_product(value_source, Matrix::of(value), weight(id, kValue), array(id, kValueBias));
 
     const int64_t key_panels =
         place(images * round_up(positions, kPanel) * n.key_dim * static_cast<int64_t>(sizeof(float)));
@@ -454,7 +472,7 @@ class Planner {
       out.residual = Matrix::of(planes(n.residual));
     }
     step(id, "output projection");
-    add(std::make_unique<PanelJob>(std::move(out)));
+    by_rows_[static_cast<size_t>(id)] = add_product(std::move(out));
   }
 
   const float* zeros(int64_t floats) { return plan_.zeros_.emplace_back(static_cast<size_t>(floats), 0.0f).data(); }
@@ -468,6 +486,8 @@ class Planner {
   std::vector<Place> place_;
   std::vector<std::vector<int64_t>> offsets_;  // [attention][buffer]
   std::vector<int64_t> output_;
+  // [node] whether workers have shared the rows of its map, else its channels
+  std::vector<bool> by_rows_;
   std::vector<Group> groups_;
   ArenaLayout arena_;
   // the turn that is being emitted
@@ -533,22 +553,23 @@ void Plan::run(const Context& context, Team& team, int64_t begin, int64_t end, f
   }
 }
 
-Memory Plan::borrow() {
+Memory Plan::borrow(int64_t teams) {
+  const auto bytes = static_cast<size_t>(teams * team_bytes());
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (!free_.empty()) {
+    if (!free_.empty() && free_.back().bytes() >= bytes) {
       Memory memory = std::move(free_.back());
       free_.pop_back();
       return memory;
     }
   }
-  const int64_t scratch_bytes = workers_ * scratch_floats_ * static_cast<int64_t>(sizeof(float));
-  return Memory(static_cast<size_t>(arena_bytes_ + scratch_bytes));
+  return Memory(bytes);
 }
 
 void Plan::give_back(Memory memory) {
-  // one arena per plan is kept; more exist only while calls overlap
+  // one call's memory per plan is kept; more exists only while calls overlap
   const std::lock_guard<std::mutex> lock(mutex_);
+  if (!free_.empty() && free_.back().bytes() < memory.bytes()) free_.clear();
   if (free_.empty()) free_.push_back(std::move(memory));
 }
 

@@ -32,22 +32,28 @@ class Plan {
   // Jobs of the step that has the most of them.
   int64_t most_jobs() const;
 
-  // An arena of this plan's size with every worker's scratch behind it; given back when done.
-  Memory borrow();
+  // For each of `teams` that run at the same time an arena of this plan's size, with every worker's scratch behind it;
+  // given back when done.
+  Memory borrow(int64_t teams);
   void give_back(Memory memory);
 
   const std::vector<Shape>& outputs() const { return outputs_; }
   int64_t workers() const { return workers_; }
   int64_t arena_bytes() const { return arena_bytes_; }
   int64_t scratch_floats() const { return scratch_floats_; }
-  // Worker w's scratch in a borrowed arena.
-  float* scratch(const Memory& memory, int64_t w) const {
-    return reinterpret_cast<float*>(memory.data() + arena_bytes_) + w * scratch_floats_;
+  char* arena(const Memory& memory, int64_t team) const { return memory.data() + team * team_bytes(); }
+  // The scratch of a team's worker w.
+  float* scratch(const Memory& memory, int64_t team, int64_t w) const {
+    return reinterpret_cast<float*>(arena(memory, team) + arena_bytes_) + w * scratch_floats_;
   }
   const std::vector<Step>& steps() const { return steps_; }
 
  private:
   friend class Planner;
+  int64_t team_bytes() const {
+    const int64_t scratch_bytes = workers_ * scratch_floats_ * static_cast<int64_t>(sizeof(float));
+    return round_up(arena_bytes_ + scratch_bytes, 4096);
+  }
   // Fills the queues of workers [begin, end) for a step.
   void prepare(Team& team, size_t step, int64_t begin, int64_t end) const;
 

@@ -97,21 +97,23 @@ struct Source {
   }
 };
 
-std::vector<Tensor> run(engine::Engine& engine, const Tensor& x, int64_t tag) {
+std::vector<Tensor> run(engine::Engine& engine, const Tensor& x, int64_t tag, bool nhwc) {
   const Source source(x, engine);
   const int64_t workers = torch::stable::get_num_threads();
   std::vector<Tensor> results;
   std::vector<float*> outputs;
   for (const engine::Shape& s : engine.output_shapes(source.shape, workers, tag)) {
     const IntList size = s.vector ? IntList{s.images, s.channels} : IntList{s.images, s.channels, s.height, s.width};
-    results.push_back(fresh(size, torch::headeronly::ScalarType::Float));
+    results.push_back(fresh(size, torch::headeronly::ScalarType::Float, nhwc && !s.vector));
     outputs.push_back(floats(results.back()));
   }
-  engine.run(source.shape, source.input, outputs, workers, tag, parallel_region);
+  engine.run(source.shape, source.input, outputs, nhwc, workers, tag, parallel_region);
   return results;
 }
 
-std::vector<Tensor> engine_run(int64_t handle, Tensor x, int64_t tag) { return run(*registry().find(handle), x, tag); }
+std::vector<Tensor> engine_run(int64_t handle, Tensor x, int64_t tag) {
+  return run(*registry().find(handle), x, tag, is_channels_last(x));
+}
 
 // "1 2 3;4 5 6" to nodes: a program as a string is a constant of an exported graph, which a tensor is not.
 std::vector<engine::Node> parse(const std::string& program, int64_t arrays) {
@@ -195,7 +197,8 @@ class Programs {
 
 std::vector<Tensor> program_run(std::string program, Tensor packed, Tensor x, bool bfloat16, int64_t tag) {
   static auto* programs = new Programs();
-  return run(*programs->find(program, packed, bfloat16), x, tag);
+  // an exported program says once and for all how its maps lie
+  return run(*programs->find(program, packed, bfloat16), x, tag, false);
 }
 
 // (seconds [repeats, steps] float64, node of each step [steps] int64, "part|reason" of each step joined by ';')

@@ -9,7 +9,8 @@ from typing import Any
 from torch import fx
 
 from ..ops.engine import encode
-from ..ops.engine.rows import act_code, pad_mode, row
+from ..ops.engine.builder import Geometry
+from ..ops.engine.rows import act_code, row
 from ..ops.subnetwork import Fold, Mean, recipe
 from .calls import AveragePool, Conv, Linear, Norm, Pad, value_of
 
@@ -66,7 +67,7 @@ def convolution(call: Conv, source: Layer, pad: Pad | None) -> Layer | None:
         padding = tuple(a + b for a, b in zip(padding, pad.padding, strict=True))  # type: ignore[assignment]
     plain = kernel == [1, 1] and call.stride == (1, 1) and not any(padding)
     kind = "depthwise" if depthwise else "pointwise" if plain else "conv"
-    columns = _geometry(kernel, call.stride, call.dilation, padding, mode)
+    columns = Geometry(kernel, call.stride, padding, call.dilation).columns(mode)
     return Layer(kind, source, filters, columns, call.weight, call.bias, stage=CONVOLVED)
 
 
@@ -77,17 +78,8 @@ def dense(call: Conv | Linear, source: Layer, outputs: int) -> Layer:
 
 def average(call: AveragePool, source: Layer) -> Layer:
     """The layer of an average pool."""
-    columns = _geometry(call.kernel, call.stride, (1, 1), call.padding, "explicit")
+    columns = Geometry(call.kernel, call.stride, call.padding).columns()
     return Layer("depthwise", source, source.channels, columns, window=call.kernel)
-
-
-def _geometry(
-    kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], padding: Sequence[int], mode: str
-) -> dict[str, int]:
-    pairs = {"kernel": kernel, "stride": stride, "dilation": dilation}
-    columns = {f"{name}_{axis}": pair[i] for name, pair in pairs.items() for i, axis in enumerate("hw")}
-    sides = ("pad_top", "pad_bottom", "pad_left", "pad_right")
-    return {**columns, **dict(zip(sides, padding, strict=True)), "pad_mode": pad_mode(mode)}
 
 
 @dataclasses.dataclass

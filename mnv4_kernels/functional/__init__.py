@@ -18,7 +18,7 @@ A wrong type or dtype raises `TypeError`, a wrong rank, shape, device or value
 
 from __future__ import annotations
 
-from .attention import kv_downsample, mqa, mqa_projected
+from .attention import kv_downsample, mobile_attention, mqa, mqa_projected
 from .blocks import conv_pwconv, dwconv_pwconv, head, uib
 from .convolutions import conv_bn_act, dwconv_bn_act, fold_batch_norm, prepack, pwconv_bn_act
 
@@ -30,6 +30,7 @@ __all__ = [
     "fold_batch_norm",
     "head",
     "kv_downsample",
+    "mobile_attention",
     "mqa",
     "mqa_projected",
     "prepack",

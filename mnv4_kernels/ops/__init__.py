@@ -1,5 +1,10 @@
 """The ops of `torch.ops.mnv4_kernels`: contracts, references, and what can run where."""
 
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
 from ..backends import cuda, native
 from ._contract import DIRECT, LIBRARY, REFERENCES
 from .bn_act import bn_act
@@ -12,11 +17,19 @@ from .dwconv_bn_act import dwconv_bn_act
 from .dwconv_pwconv import dwconv_pwconv
 from .head import head
 from .kv_downsample import kv_downsample
+from .mobile_attention import mobile_attention
 from .mqa import mqa
 from .mqa_projected import mqa_projected
 from .prepack import prepack
 from .pwconv_bn_act import pwconv_bn_act
 from .uib import uib
+
+
+@functools.cache
+def _by_engine(op: str) -> Callable[..., Any]:
+    found: Callable[..., Any] = getattr(importlib.import_module(f".{op}.engine_{op}", __package__), op)
+    return found
+
 
 __all__ = [
     "DIRECT",
@@ -30,6 +43,7 @@ __all__ = [
     "dwconv_pwconv",
     "head",
     "kv_downsample",
+    "mobile_attention",
     "mqa",
     "mqa_projected",
     "prepack",
@@ -38,7 +52,10 @@ __all__ = [
 ]
 
 # the library registers the CPU kernels of the schemas above; where it is missing the references answer
-native.available()
+if native.available():
+    # whole blocks are programs of the engine, which Python writes: imported with the first call
+    for _block in ("mobile_attention", "uib"):
+        LIBRARY.impl(_block, lambda *arguments, op=_block: _by_engine(op)(*arguments), "CPU")
 
 # for CUDA tensors only, and without importing Triton: the first call of a kernel does
 cuda.register(LIBRARY, REFERENCES)

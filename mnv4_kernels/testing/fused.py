@@ -1,4 +1,4 @@
-"""Calls of the ops of blocks and half blocks, which have kernels for GPUs only; drawn as those of `cases`."""
+"""Calls of the ops of blocks and half blocks; drawn as those of `cases`."""
 
 from __future__ import annotations
 
@@ -113,6 +113,40 @@ def mqa_projected(
     return Case("mqa_projected", f"{label}{'' if affine else '_plain'}{'_skip' if skip else ''}", draw)
 
 
+def mobile_attention(
+    channels: int,
+    heads: int,
+    key: int,
+    value: int,
+    size: tuple[int, int],
+    *,
+    batch: int = 1,
+    kernel: int = 3,
+    outputs: int | None = None,
+    norm: bool = True,
+    gamma: bool = False,
+    residual: bool = False,
+) -> Case:
+    """A call of `mobile_attention`; `kernel` 0: keys and values are not down-sampled."""
+    filters = channels if outputs is None else outputs
+
+    def path(d: Draw, depth: int) -> tuple[torch.Tensor | None, ...]:
+        down = (d.weight(channels, 1, kernel, kernel), d.channels(channels, 1.0), d.channels(channels))
+        return (*(down if kernel else [None] * 3), d.weight(depth, channels, 1, 1))
+
+    def draw(d: Draw) -> tuple[Any, ...]:
+        x = d.activation(batch, channels, *size)
+        before = (d.channels(channels, 1.0), d.channels(channels)) if norm else (None, None)
+        query = (d.weight(heads * key, channels, 1, 1), None)
+        form = geometry(size, (max(kernel, 1),) * 2, 2 if kernel else 1, "same", 1)
+        output = (d.weight(filters, heads * value, 1, 1), d.channels(filters), d.channels(filters) if gamma else None)
+        return x, *before, *query, *path(d, key), *path(d, value), *form, *output, heads, key**-0.5, residual
+
+    options = "".join(f"_{name}" for name, on in (("plain", not norm), ("gamma", gamma), ("residual", residual)) if on)
+    label = f"n{batch}c{channels}h{heads}_{key}_{value}k{filters}_{size[0]}x{size[1]}_down{kernel}{options}"
+    return Case("mobile_attention", label, draw)
+
+
 #: Every optional argument given and absent, channel tails, odd maps, strides, dilation, blocks without some depthwise.
 FUSED: tuple[Case, ...] = (
     half_block("dwconv_pwconv", 17, 24, (6, 7), batch=2, acts=("hard_swish", "silu"), skip=True),
@@ -128,4 +162,7 @@ FUSED: tuple[Case, ...] = (
     uib(16, 64, 16, (5, 5), kernels=(0, 0), skip=True),
     mqa_projected(24, 24, 2, 16, 16, 9, (6, 5), batch=2, skip=True),
     mqa_projected(17, 40, 3, 8, 33, 20, (4, 4), affine=False),
+    mobile_attention(32, 4, 16, 16, (8, 6), residual=True, gamma=True, batch=2),
+    mobile_attention(24, 2, 16, 16, (5, 5), kernel=0, outputs=33),
+    mobile_attention(16, 2, 8, 24, (7, 6), kernel=5, norm=False),
 )

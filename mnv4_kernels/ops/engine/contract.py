@@ -8,6 +8,7 @@ import torch
 
 from ...backends import native
 from .._contract import LIBRARY, NAMESPACE
+from ..layout import memory_format_of
 from .programs import Program, decoded, program_of
 
 LIBRARY.define("engine_create(Tensor program, Tensor[] arrays, bool bfloat16) -> int")
@@ -31,7 +32,7 @@ program_run: Any = _ops.program_run.default if native.available() else None
 
 
 def _fake_run(handle: int, x: torch.Tensor, tag: int) -> list[torch.Tensor]:
-    return _outputs(program_of(handle), x, tag)
+    return _outputs(program_of(handle), x, tag, memory_format_of(x))
 
 
 def _fake_pack(program: str, arrays: list[torch.Tensor], bfloat16: bool) -> torch.Tensor:
@@ -41,15 +42,23 @@ def _fake_pack(program: str, arrays: list[torch.Tensor], bfloat16: bool) -> torc
 def _fake_program_run(
     program: str, packed: torch.Tensor, x: torch.Tensor, bfloat16: bool, tag: int
 ) -> list[torch.Tensor]:
-    return _outputs(decoded(program), x, tag)
+    return _outputs(decoded(program), x, tag, torch.contiguous_format)
 
 
-def _outputs(program: Program, x: torch.Tensor, tag: int) -> list[torch.Tensor]:
-    """The outputs of `tag`, float32 and contiguous."""
+def _outputs(program: Program, x: torch.Tensor, tag: int, memory_format: torch.memory_format) -> list[torch.Tensor]:
+    """The outputs of `tag`, float32, maps in `memory_format`."""
     if x.dim() != 4:
         raise ValueError(f"`x` must have four dimensions [N, C, H, W], got {tuple(x.shape)}")
     shapes = program.output_shapes(tuple(x.shape), tag)
-    return [x.new_empty(shape, dtype=torch.float32) for shape in shapes]
+    return [
+        torch.empty(
+            shape,
+            dtype=torch.float32,
+            device=x.device,
+            memory_format=memory_format if len(shape) == 4 else torch.contiguous_format,
+        )
+        for shape in shapes
+    ]
 
 
 def _no_gradients(ctx: Any, *gradients: Any) -> None:

@@ -6,13 +6,11 @@ It has no reference: without the C++ library there is no engine, and then nobody
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .._contract import LIBRARY, NAMESPACE
-from ..engine import Engine, engine_run
+from ..engine import Engine, engine_run, kept
 from ..engine.programs import decoded
 from ..layout import memory_format_of
 from . import recipe as recipes
@@ -23,37 +21,11 @@ LIBRARY.define(
 )
 
 
-class _Made(NamedTuple):
-    engine: Engine
-    versions: list[int]
-    pointers: list[int]
-    #: keeps the storages, so that no other can come to lie at the same address
-    anchors: list[torch.Tensor]
-
-
-#: a graph's first weight -> (program, recipe) -> what was made of it and the others
-_ENGINES = WeakIdKeyDictionary()
-
-
 def _run(x: torch.Tensor, tensors: list[torch.Tensor], program: str, recipe: str) -> list[torch.Tensor]:
     # held here: another thread may put a newer one into its place
-    engine = _engine(tensors, program, recipe)
+    engine = kept(tensors, (program, recipe), lambda: _made(tensors, program, recipe))
     results = engine_run(engine.handle, x, 0)
     return [_like(y, x) for y in results]
-
-
-def _engine(tensors: list[torch.Tensor], program: str, recipe: str) -> Engine:
-    if any(tensor.is_inference() for tensor in tensors):
-        # no version counters: an edit would leave no trace
-        return _made(tensors, program, recipe)
-    versions = [tensor._version for tensor in tensors]
-    pointers = [tensor.data_ptr() for tensor in tensors]
-    known: dict[tuple[str, str], _Made] = _ENGINES.setdefault(tensors[0], {})
-    found = known.get((program, recipe))
-    if found is None or found.versions != versions or found.pointers != pointers:
-        engine = _made(tensors, program, recipe)
-        found = known[program, recipe] = _Made(engine, versions, pointers, [tensor.detach() for tensor in tensors])
-    return found.engine
 
 
 def _made(tensors: list[torch.Tensor], program: str, recipe: str) -> Engine:

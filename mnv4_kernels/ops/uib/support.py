@@ -1,7 +1,20 @@
-"""What can run `uib`; on the CPU its parts are ops of their own, which the engine and the drop-ins call."""
+"""What can run `uib`, best first."""
 
 from __future__ import annotations
 
-from ..support import triton
+from typing import Any
 
-BACKENDS = (triton("uib"),)
+import torch
+
+from ..support import Backend, library_reasons, tensor_reasons, triton
+from .contract import uib
+
+
+def supports(*arguments: Any) -> list[str]:
+    """Why the engine can't run this call; empty list: it can."""
+    named = zip((argument.name for argument in uib._schema.arguments), arguments, strict=False)
+    tensors = {name: value for name, value in named if isinstance(value, torch.Tensor)}
+    return [*library_reasons("uib"), *tensor_reasons(**tensors)]
+
+
+BACKENDS = (Backend("cpp", supports), triton("uib"))

@@ -1,0 +1,40 @@
+"""What can run `mobile_attention`; on a GPU its halves are ops of their own, two kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..support import CPP_DTYPES, Backend, library_reasons, tensor_reasons
+from .contract import mobile_attention
+
+
+def supports(*arguments: Any) -> list[str]:
+    """Why the engine can't run this call; empty list: it can."""
+    names = [argument.name for argument in mobile_attention._schema.arguments]
+    named = dict(zip(names, arguments, strict=False))
+    tensors = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
+    asked = (named[name] for name in ("x", "query_weight", "key_down", "value_down", "heads", "scale"))
+    return [*library_reasons("mobile_attention"), *tensor_reasons(**tensors), *declined(*asked)]
+
+
+def declined(
+    x: torch.Tensor,
+    query_weight: torch.Tensor,
+    key_down: torch.Tensor | None,
+    value_down: torch.Tensor | None,
+    heads: int,
+    scale: float,
+) -> list[str]:
+    """What the engine's attention does not compute of a call, in words; empty list: it computes all."""
+    reasons = [] if x.dtype in CPP_DTYPES else [f"`x` is {x.dtype}"]
+    root = (query_weight.shape[0] // heads) ** -0.5
+    if abs(scale - root) > 1e-12:
+        reasons.append(f"`scale` is {scale}; the engine multiplies the scores with {root}, the root of 1 / key_dim")
+    if (key_down is None) != (value_down is None):
+        reasons.append("only one of keys and values is down-sampled")
+    return reasons
+
+
+BACKENDS = (Backend("cpp", supports),)
