@@ -136,6 +136,13 @@ def _train_patched(model: nn.Module, x: torch.Tensor) -> tuple[nn.Module, Forwar
     return model, model, x
 
 
+def _train_patched_compile(model: nn.Module, x: torch.Tensor) -> tuple[nn.Module, Forward, torch.Tensor]:
+    import mnv4_kernels
+
+    mnv4_kernels.patch(model)
+    return model, torch.compile(model), x
+
+
 _F32 = (torch.float32,)
 _INDUCTOR = ("timm", "torch._inductor.compile_fx")
 
@@ -150,7 +157,7 @@ RUNTIMES = (
     Runtime("xnnpack", Foreign("model.pte", environments.EXECUTORCH, environments.EXECUTORCH), _F32),
     Runtime("litert", Foreign("model.tflite", environments.LITERT, environments.LITERT), _F32),
     Runtime("ours patched", _patched, ours=True, trainer=_train_patched),
-    Runtime("ours patched, compiled", _patched_compile, ours=True, imports=_INDUCTOR),
+    Runtime("ours patched, compiled", _patched_compile, ours=True, imports=_INDUCTOR, trainer=_train_patched_compile),
     Runtime("ours backend", _backend, ours=True, imports=_INDUCTOR),
     Runtime("ours optimized", _optimized, ours=True),
 )

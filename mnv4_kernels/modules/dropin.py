@@ -21,6 +21,7 @@ from ..ops.piece import piece, remember
 from . import leaves
 from .exported import export_piece
 from .plan import Body, Plan, fake_of
+from .traced import TracedPlan, describe
 from .training import TrainingPlan
 
 #: The plans' place in a drop-in's `__dict__`; not a buffer, so that no state_dict shows it.
@@ -33,7 +34,7 @@ TRAINING = "training"
 NUMBER = "_mnv4_number"
 
 HEADS = "train mode: pool and classifier are timm's modules, the convolution between them has its op"
-COMPILING_TRAINING = "torch.compile and torch.export in train mode trace timm's own path"
+EXPORTING_TRAINING = "torch.export in train mode traces timm's own path"
 COMPILING_GRADIENTS = "torch.compile with gradients enabled: the ops' graphs are made under torch.no_grad()"
 ONNX = "torch.onnx.export: ONNX has no such ops, timm's own path is exported"
 TRAINING_ON_GPU = "train mode on a GPU: the training ops run on cpu"
@@ -72,7 +73,7 @@ class DropIn(nn.Module):
     def _mnv4_obstacle(self, x: Any) -> str:
         """Why the module takes timm's own path for the input `x` whatever its parameters are; empty: it need not."""
         if torch.compiler.is_compiling():
-            return COMPILING_TRAINING if self.training else _traced_obstacle(x)
+            return _traced_obstacle(x, self.training)
         if type(x) is not torch.Tensor or x.dim() != 4 or not x.is_cpu or x.dtype not in leaves.DTYPES:
             obstacle = _input_obstacle(x)
             if obstacle:
@@ -107,7 +108,7 @@ class DropIn(nn.Module):
             if key in self._mnv4_eval_only:
                 return None, HEADS
             training_plan = self._mnv4_training_plan(key)
-            return training_plan, training_plan.obstacle_of(x)
+            return training_plan, training_plan.obstacle_of(x.dtype)
         plan = self._mnv4_plan(key)
         obstacle = plan.obstacle or plan.switches.obstacle() or plan.watch.obstacle()
         if not obstacle and plan.dtype is not x.dtype:
@@ -117,6 +118,16 @@ class DropIn(nn.Module):
         if not obstacle and torch.is_grad_enabled() and (x.requires_grad or plan.watch.wants_grad()):
             obstacle = plan.grad_obstacle()
         return plan, obstacle
+
+    def _mnv4_trainer(self, x: Any, key: str = "") -> TrainingPlan | TracedPlan | None:
+        """What runs the piece `key` on `x` in train mode; None where timm's own path must run."""
+        if torch.compiler.is_compiling():
+            if key in self._mnv4_eval_only or self._mnv4_obstacle(x):
+                return None
+            text = _training_text(self, key, x.dtype)
+            return TracedPlan(self, text) if text else None
+        plan, obstacle = self._mnv4_decide(x, key)
+        return plan if isinstance(plan, TrainingPlan) and not obstacle else None
 
     def _mnv4_run(self, x: torch.Tensor, key: str = "") -> torch.Tensor | None:
         """The piece `key` on `x` [N, C, H, W] by its plan; None where timm's own path must run."""
@@ -133,6 +144,9 @@ class DropIn(nn.Module):
 
     def _mnv4_trace(self, x: torch.Tensor, key: str) -> torch.Tensor | None:
         """The piece `key` as one op of the graph that torch.compile makes; None where it must trace timm's own path."""
+        if self.training:
+            plan = self._mnv4_trainer(x, key)
+            return None if plan is None else plan.run(x)
         if self._mnv4_obstacle(x):
             return None
         if torch.compiler.is_exporting():
@@ -208,9 +222,11 @@ def refresh(model: nn.Module) -> None:
             make_room(module).clear()
 
 
-def _traced_obstacle(x: Any) -> str:
+def _traced_obstacle(x: Any, training: bool) -> str:
     """Why a graph of torch.compile gets timm's own path for the input `x`; empty: it need not."""
     if torch.compiler.is_exporting():
+        if training:
+            return EXPORTING_TRAINING
         if exporting_onnx():
             _say_onnx()
             return ONNX
@@ -218,8 +234,10 @@ def _traced_obstacle(x: Any) -> str:
             return EXPORTING_GPU
         plain = x.dim() == 4 and x.is_cpu and x.dtype in leaves.DTYPES
         return AUTOCAST if torch.is_autocast_enabled("cpu") else "" if plain else _input_obstacle(x)
+    if training and leaves.on_gpu(x):
+        return TRAINING_ON_GPU
     # parameters are no inputs of the op: nothing would tell that they require gradients
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not training:
         return COMPILING_GRADIENTS
     if torch.is_autocast_enabled(x.device.type):
         return AUTOCAST
@@ -248,6 +266,13 @@ def _traceable(module: DropIn, key: str, dtype: torch.dtype, device: torch.devic
     if edited_in_graph(*plan.watch.watched()):
         return ""
     return hashlib.sha256(repr(module).encode()).hexdigest()[:16]
+
+
+@constant_in_graphs
+def _training_text(module: DropIn, key: str, dtype: torch.dtype) -> str:
+    """The piece `key` of `module` in train mode, for `TracedPlan`; empty where timm's own path must be traced."""
+    plan = module._mnv4_training_plan(key)
+    return "" if plan.obstacle_of(dtype) else describe(plan)
 
 
 def _input_obstacle(x: Any) -> str:

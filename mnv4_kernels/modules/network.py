@@ -20,7 +20,7 @@ from .head import head_steps
 from .plan import Body
 from .section import Section, sections
 from .steps import Own, Step, convolution
-from .training import Pending, TrainingPlan, written
+from .training import Pending, written
 from .whole import Whole
 
 STEM = "stem"
@@ -144,8 +144,8 @@ class MobileNetV3Forward(_Network):
         blocks: Any = self._modules["blocks"]
         if not self.training:
             return blocks(self._mnv4_stem(x))
-        plan, obstacle = self._mnv4_decide(x, STEM)
-        if isinstance(plan, TrainingPlan) and not obstacle:
+        plan = self._mnv4_trainer(x, STEM)
+        if plan is not None:
             return written(train_through(blocks, plan.advance(Pending(x))))
         return written(train_through(blocks, Pending(self._mnv4_stem(x))))
 
@@ -181,8 +181,8 @@ class MobileNetV3Forward(_Network):
 
     def _mnv4_train_head(self, x: torch.Tensor, pre_logits: bool) -> torch.Tensor | None:
         """timm's head with the op for its convolution; None where that may not run."""
-        plan, obstacle = self._mnv4_decide(x, EXPAND)
-        if not isinstance(plan, TrainingPlan) or obstacle:
+        plan = self._mnv4_trainer(x, EXPAND)
+        if plan is None:
             return None
         modules: dict[str, Any] = dict(self._modules)
         y: torch.Tensor = modules["flatten"](plan.run(modules["global_pool"](x)))
@@ -254,8 +254,8 @@ def train_through(module: nn.Module, state: Pending) -> Pending:
             state = train_through(child, state)
         return state
     if not hooked and isinstance(module, DropIn) and module.training and not leaves.tampered(module):
-        plan, obstacle = module._mnv4_decide(state.x)
-        if isinstance(plan, TrainingPlan) and not obstacle:
+        plan = module._mnv4_trainer(state.x)
+        if plan is not None:
             return plan.advance(state)
     return Pending(module(written(state)))
 

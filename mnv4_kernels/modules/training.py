@@ -9,6 +9,7 @@ parameters, process groups, optimizers) works as with torch's own modules.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from ..ops import DIRECT
 from . import leaves
 from .multi_query import MultiQuery
 from .plan import Body
-from .steps import Convolution, Fused, Own
+from .steps import Convolution, Fused, Own, Step
 from .watch import HOOKED, Watch
 
 #: mean, variance, weight, bias, eps, activation of what nothing is pending on
@@ -38,7 +39,8 @@ class Pending(NamedTuple):
     @property
     def is_map(self) -> bool:
         """True where nothing is pending."""
-        return self.norm is _NOTHING and self.layer_scale is None
+        mean, *_, act = self.norm
+        return mean is None and act == "none" and self.layer_scale is None
 
 
 @dataclasses.dataclass
@@ -64,6 +66,9 @@ class _Statistics:
         """What BatchNorm does to its buffers: unbiased variance, `momentum` or the cumulative average."""
         if not self.norms:
             return
+        if torch.compiler.is_compiling():
+            self._update_in_graph()
+            return
         with torch.no_grad():
             torch._foreach_add_([norm.num_batches_tracked for norm in self.norms], 1)
             unbiased = torch._foreach_mul(self.variances, [count / max(1, count - 1) for count in self.counts])
@@ -72,6 +77,15 @@ class _Statistics:
                 batch = [self.means[i] for i in members] + [unbiased[i] for i in members]
                 batch = [new.to(old.dtype) for new, old in zip(batch, running, strict=True)]
                 torch._foreach_lerp_(running, batch, momentum)
+
+    def _update_in_graph(self) -> None:
+        # the compiler joins these calls itself, and a factor that is a symbol is none of foreach's scalars
+        with torch.no_grad():
+            for norm, mean, variance, count in zip(self.norms, self.means, self.variances, self.counts, strict=True):
+                norm.num_batches_tracked.add_(1)
+                unbiased = variance * (count / max(1, count - 1))
+                for running, batch in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+                    running.lerp_(batch.to(running.dtype), norm.momentum)
 
     def _groups(self) -> dict[float, list[int]]:
         groups: dict[float, list[int]] = {}
@@ -95,16 +109,16 @@ class TrainingPlan:
         self.dtype = next((module.weight.dtype for module in modules if isinstance(module, nn.Conv2d)), None)
         self._drops = [module for module in modules if type(module) is nn.Dropout]
 
-    def obstacle_of(self, x: torch.Tensor) -> str:
-        """Why timm's own path runs on `x`; empty: it need not."""
+    def obstacle_of(self, dtype: torch.dtype) -> str:
+        """Why timm's own path runs on an input of `dtype`; empty: it need not."""
         if self.obstacle or self.switches.obstacle():
             return self.obstacle or self.switches.obstacle()
         if self.watch.hooked() or self.watch.backward_hooked():
             return HOOKED
         if any(drop.training and drop.p > 0 for drop in self._drops):
             return "dropout inside attention"
-        if x.dtype != self.dtype and not torch.is_autocast_enabled("cpu"):
-            return f"the input is {x.dtype}, the parameters are {self.dtype}"
+        if dtype != self.dtype and not torch.is_autocast_enabled("cpu"):
+            return f"the input is {dtype}, the parameters are {self.dtype}"
         return ""
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
@@ -113,25 +127,29 @@ class TrainingPlan:
 
     def advance(self, state: Pending) -> Pending:
         """The same where the input may be pending, and the result may stay so."""
-        body = self.body
-        x = None
-        if body.residual or not isinstance(body.steps[0], Convolution):
-            x = written(state)
-            state = Pending(x)
-        statistics = _Statistics()
-        for step in body.steps:
-            if isinstance(step, Own):
-                state = Pending(step.module(written(state)))
-            elif isinstance(step, Convolution):
-                state = _convolve(step, state, statistics)
-            else:
-                assert isinstance(step, MultiQuery)
-                state = _attend(step, written(state), statistics)
-        statistics.update()
-        if not body.residual:
-            return state
-        keep = _keep(body.drop_path, state.x)
-        return Pending(_op("bn_act")(state.x, *state.norm, state.layer_scale, keep, x))
+        return advance(state, self.body.steps, self.body.residual, self.body.drop_path)
+
+
+def advance(state: Pending, steps: Sequence[Step], residual: bool, drop_path: nn.Module | None) -> Pending:
+    """`steps` on what may be pending; the result may stay so."""
+    x = None
+    if residual or not isinstance(steps[0], Convolution):
+        x = written(state)
+        state = Pending(x)
+    statistics = _Statistics()
+    for step in steps:
+        if isinstance(step, Own):
+            state = Pending(step.module(written(state)))
+        elif isinstance(step, Convolution):
+            state = _convolve(step, state, statistics)
+        else:
+            assert isinstance(step, MultiQuery)
+            state = _attend(step, written(state), statistics)
+    statistics.update()
+    if not residual:
+        return state
+    keep = _keep(drop_path, state.x)
+    return Pending(_op("bn_act")(state.x, *state.norm, state.layer_scale, keep, x))
 
 
 def training_ops(step: Fused) -> tuple[str, ...]:
@@ -142,8 +160,9 @@ def training_ops(step: Fused) -> tuple[str, ...]:
 
 
 def _op(name: str) -> Any:
-    """The op called `name`; under autocast by way of the dispatcher, which casts."""
-    return getattr(ops, name) if torch.is_autocast_enabled("cpu") else DIRECT[name]
+    """The op called `name`; under autocast and in graphs by way of the dispatcher, which casts and is traced."""
+    dispatched = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+    return getattr(ops, name) if dispatched else DIRECT[name]
 
 
 _TRAINING_OPS = {"dwconv_bn_act": "bn_act_dwconv", "pwconv_bn_act": "bn_act_pwconv", "conv_bn_act": "bn_act_conv"}
