@@ -78,7 +78,7 @@ def costs(block: Block, size: int, fused: bool) -> list[Cost]:
         plan = gate.uib(shape, size).plan if fused else gate.uib_plans(shape, size)[0]
         return [step.cost for step in plan.steps] * plan.repeats
     if isinstance(shape, ConvPairShape):
-        plan = gate.conv_pair(shape, size).plan if fused else gate.conv_pair_plans(shape, size)[0]
+        plan = gate.conv_pair(shape, size).plan if fused and not block.across else gate.conv_pair_plans(shape, size)[0]
         return [step.cost for step in plan.steps]
     if isinstance(shape, ConvShape):
         return _conv(shape, size)

@@ -71,6 +71,8 @@ class Block:
     act: str
     #: of the 1x1 convolution of a pair
     second_act: str = "none"
+    #: a pair that is two blocks, which nobody joins yet
+    across: bool = False
 
 
 def _act(module: torch.nn.Module) -> str:
@@ -163,7 +165,8 @@ def _paired(found: list[Block]) -> Iterator[Block]:
                 first.batch, first.channels, first.outputs, shape.outputs, first.height, first.width, first.kernel,
                 first.stride, shape.residual,
             )  # fmt: skip
-            yield Block(f"{waiting.name} + {block.name}", pair, waiting.act, block.act)
+            across = waiting.name.rpartition(".")[0] != block.name.rpartition(".")[0] or waiting.name[-1].isdigit()
+            yield Block(f"{waiting.name} + {block.name}", pair, waiting.act, block.act, across)
             waiting = None
             continue
         if waiting:
@@ -238,6 +241,9 @@ def _uib_calls(
         _nhwc(shape.outputs, shape.hidden, 1, 1, dtype=dtype, device=device), *_affine(shape.outputs, device), "none",
         gamma, residual,
     )  # fmt: skip
+    if not shape.mid_kernel and fused is not False:
+        # both products may be one launch
+        yield Call("uib", name, uib_arguments(shape, act, dtype, device))
     start = _depthwise_arguments(shape.channels, shape.start_kernel, shape.start_stride, dtype, device)
     mid = _depthwise_arguments(shape.hidden, shape.mid_kernel, shape.mid_stride, dtype, device)
     if shape.start_kernel and fused is not False:

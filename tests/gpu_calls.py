@@ -82,6 +82,8 @@ FAMILIES = (
     "mqa",
     "mqa_projected",
     "pwconv_bn_act",
+    # both products of a block in one launch
+    "uib",
 )
 
 
@@ -105,6 +107,8 @@ def family_examples(family: str, dtype: torch.dtype, device: str, small: bool) -
     for call in found:
         if call.op == family:
             (key, *_) = tune.build((call.op, call.arguments), {})[2]
+            if family == "uib" and not key.startswith("expand_project"):
+                continue
             kind = key.rpartition("/")[2] if "dwconv" in key else ""
             if kind not in seen:
                 seen.add(kind)

@@ -24,6 +24,7 @@ from mnv4_kernels.ops.gpu.config import (
     DepthwiseGemmConfig,
     GemmConfig,
     PoolConfig,
+    PositionsConfig,
     from_json,
     to_json,
 )
@@ -117,13 +118,23 @@ def test_a_block_has_one_plan_for_each_way_to_fuse_its_depthwise_convolutions() 
     fusions = {plan.name.removesuffix(", expanded tensor in L2") for plan in gate.uib_plans(both)}
     assert fusions == {"unfused", "dw_start fused", "dw_mid fused", "dw_start and dw_mid fused"}
     feed_forward = gate.uib_plans(replace(both, start_kernel=0, mid_kernel=0))
-    assert {plan.name.removesuffix(", expanded tensor in L2") for plan in feed_forward} == {"unfused"}
+    assert {plan.name.removesuffix(", expanded tensor in L2") for plan in feed_forward} == {"unfused", "products fused"}
 
 
 def test_the_gate_declines_fusion_where_the_depthwise_would_be_computed_many_times() -> None:
     # 2048 output channels are eight column tiles, each of which computes the 5x5 depthwise again
     shape = UibShape(256, 512, 2048, 512, 12, 12, start_kernel=5)
     assert "dw_start" not in gate.uib(shape).plan.name
+
+
+def test_both_products_are_one_launch_where_a_program_can_hold_the_outputs_of_its_rows() -> None:
+    shape = UibShape(256, 160, 640, 160, 16, 16, start_kernel=3, residual=True)
+    plan = gate.uib(shape).plan
+    assert plan.name == "products fused"
+    assert [step.op for step in plan.steps] == ["dwconv_bn_act", "expand_project"]
+    assert plan.memory < gate.uib_plans(shape)[0].memory / 2
+    wide = replace(shape, outputs=512, residual=False)
+    assert not any(plan.fuse_products for plan in gate.uib_plans(wide))
 
 
 def test_the_gate_fuses_where_the_expanded_tensor_is_all_the_traffic() -> None:
@@ -154,6 +165,14 @@ def test_a_product_counts_its_padding_and_its_operands_for_each_tile() -> None:
     assert cost.l2 == 2 * (2 * 100 * 40 + 2 * 70 * 40 + 2 * 100 * 70)
 
 
+def test_both_products_of_a_block_read_rows_and_weights_and_no_expanded_tensor() -> None:
+    config = GemmConfig(8, 3, block_m=64, block_n=32, block_k=32)
+    cost = traffic.expand_project(100, 40, 96, 24, 2, config, residual=True)
+    assert cost.memory == 2 * (100 * 40 + 96 * (40 + 24) + 2 * 100 * 24)
+    assert cost.matmul == 2 * 128 * 96 * (64 + 32)
+    assert cost.programs == 2
+
+
 def test_a_fused_depthwise_is_computed_once_for_each_column_tile() -> None:
     config = DepthwiseGemmConfig(8, 1, rows=1, columns=16, block_n=64, block_k=32)
     one = traffic.depthwise_gemm((1, 32, 8, 8), 64, (3, 3), (1, 1), 2, config)
@@ -179,6 +198,7 @@ def test_time_is_that_of_the_slowest_level_and_grows_where_the_device_idles() ->
         DepthwiseGemmConfig(8, 1, 2, 64, 256, 32),
         AttentionConfig(4, 1, 64, 2, 64),
         PoolConfig(4, 1, 16, 64),
+        PositionsConfig(4, 1, 64, 32),
     ],
 )
 def test_every_config_survives_a_file(config: object) -> None:

@@ -28,6 +28,7 @@ FAMILIES = (
     "stem",
     "dwconv_bn_act",
     "dwconv_pwconv",
+    "expand_project",
     "head",
     "kv_downsample",
     "mqa",
@@ -51,6 +52,7 @@ def _launches(family: str) -> list[Launch]:
     from mnv4_kernels.ops.mqa import triton_mqa as attention
     from mnv4_kernels.ops.mqa_projected import triton_mqa_projected as projected
     from mnv4_kernels.ops.pwconv_bn_act import triton_pwconv_bn_act as pointwise
+    from mnv4_kernels.ops.uib import triton_expand_project as products
 
     def channels(count: int) -> torch.Tensor:
         return torch.empty(count, device="meta")
@@ -82,6 +84,13 @@ def _launches(family: str) -> list[Launch]:
         "dwconv_pwconv": lambda: fused.build(
             wide, _nhwc(640, 1, 5, 5), channels(640), channels(640), *same, "gelu",
             _nhwc(160, 640, 1, 1), channels(160), channels(160), "none", channels(160), x,
+        ),
+        "expand_project": lambda: (
+            x,
+            products.build(
+                x, _nhwc(640, 160, 1, 1), channels(640), channels(640), "gelu", _nhwc(160, 640, 1, 1), channels(160),
+                channels(160), channels(160), x, torch.empty_like(x),
+            ),
         ),
         "head": lambda: head.build(
             _nhwc(64, 960, 7, 7), _nhwc(1280, 960, 1, 1), channels(1280), channels(1280), "relu",

@@ -8,6 +8,7 @@ from conftest import assert_earned, nhwc
 
 from mnv4_kernels.ops.gpu import gate
 from mnv4_kernels.ops.gpu.traffic import Ceilings
+from mnv4_kernels.ops.uib import triton_expand_project as products
 from mnv4_kernels.ops.uib.contract import fake
 from mnv4_kernels.ops.uib.reference import reference
 from mnv4_kernels.ops.uib.triton_uib import build, shape_of, uib
@@ -89,3 +90,38 @@ def test_nchw_input_gives_an_nchw_result() -> None:
     y = uib(x, *arguments)
     _judge(y, x, arguments)
     assert y.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("start", "channels", "hidden", "outputs", "dtype"),
+    [
+        (5, 16, 32, 16, torch.float32),
+        (0, 24, 40, 33, torch.bfloat16),
+        (0, 7, 9, 5, torch.float32),
+        (3, 40, 70, 40, torch.float16),
+    ],
+)
+def test_both_products_in_one_launch_match_with_tails(
+    start: int, channels: int, hidden: int, outputs: int, dtype: torch.dtype
+) -> None:
+    x = nhwc(2, channels, 5, 3, dtype=dtype)
+    arguments = _arguments(x, (start, 0), hidden=hidden, outputs=outputs)
+    (plan,) = [plan for plan in _plans(x, arguments) if plan.fuse_products]
+    y, launches = build(x, *arguments, plan=plan)
+    assert len(launches) == plan.launches == (2 if start else 1)
+    for launch in launches:
+        launch.run()
+    _judge(y, x, arguments)
+
+
+def test_both_products_in_one_launch_address_64_bits() -> None:
+    x = nhwc(1, 24, 4, 4)
+    arguments = _arguments(x, (0, 0))
+    (expand, project), gamma = (arguments[6:9], arguments[16:19]), arguments[19]
+    results = []
+    for wide in (False, True):
+        y = torch.empty_like(x)
+        for launch in products.build(x, *expand, "relu", *project, gamma, x, y, int64=wide):
+            launch.run()
+        results.append(y)
+    assert torch.equal(*results)

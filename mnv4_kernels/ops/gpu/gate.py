@@ -20,6 +20,10 @@ MAX_PAIR_HIDDEN = 256
 MAX_PROJECTED_OUTPUTS = 256
 
 
+#: Widest output that one program of both products of a block accumulates.
+MAX_PRODUCTS_OUTPUTS = 256
+
+
 @dataclass(frozen=True)
 class UibShape:
     """A UniversalInvertedResidual: kernel 0 where a depthwise convolution is missing; the stride is of dw_mid,
@@ -124,6 +128,7 @@ class Plan:
     fuse_mid: bool
     images: int
     repeats: int
+    fuse_products: bool = False
 
     @property
     def us(self) -> float:
@@ -258,7 +263,24 @@ def uib_plans(shape: UibShape, element_size: int = 2, ceilings: Ceilings | None 
                 steps += _projecting(part, fuse_mid, element_size, ceilings)
                 kept = _resident(steps, [size * count for size in between], budget, ceilings)
                 plans.append(Plan(label, kept, fuse_start, fuse_mid, count, _ceil(shape.batch, max(1, count))))
+    if not shape.mid_kernel and shape.outputs <= MAX_PRODUCTS_OUTPUTS:
+        plans.append(_products_plan(shape, element_size, ceilings))
     return plans
+
+
+def _products_plan(shape: UibShape, size: int, ceilings: Ceilings) -> Plan:
+    """Both products in one launch, which keeps the expanded rows on chip; dw_start before it in its own."""
+    m = shape.batch * shape.middle[0] * shape.middle[1]
+    given = (m, shape.channels, shape.hidden, shape.outputs, size)
+    cost = traffic.expand_project(*given, heuristics.expand_project(*given, ceilings.multiprocessors), shape.residual)
+    steps = [Step("expand_project", "pw_exp + pw_proj", cost, cost.us(ceilings))]
+    between = []
+    if shape.start_kernel:
+        start = (shape.batch, shape.channels, *shape.middle)
+        steps.insert(0, _depthwise(start, shape.start_kernel, shape.start_stride, "dw_start", size, ceilings))
+        between.append(m * shape.channels * size)
+    kept = _resident(steps, between, ceilings.l2_bytes / 2, ceilings)
+    return Plan("products fused", kept, False, False, shape.batch, 1, fuse_products=True)
 
 
 def conv_pair_plans(shape: ConvPairShape, element_size: int = 2, ceilings: Ceilings | None = None) -> list[Plan]:

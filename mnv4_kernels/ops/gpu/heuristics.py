@@ -174,6 +174,32 @@ def conv_pair(
     return GemmConfig(warps=warps, stages=stages, block_m=block_m, block_n=block_n, block_k=block_k, group_m=1)
 
 
+def expand_project(
+    m: int,
+    channels: int,
+    hidden: int,
+    outputs: int,
+    element_size: int,
+    multiprocessors: int = DEFAULT_MULTIPROCESSORS,
+    capability: int = DEFAULT_CAPABILITY,
+) -> GemmConfig:
+    """All outputs of up to 128 rows; `block_n` hidden channels at a time, from `block_k` channels of x at a time."""
+    block_n = max(16, next_power_of_2(outputs))
+    block_h = min(64 if block_n <= 128 and element_size == 2 else 32, max(16, next_power_of_2(hidden)))
+    block_k = max(64 // element_size, channel_block(channels, 128 // element_size))
+    # 128 rows of accumulators spill on sm_100, and on sm_80 beside operands of float32
+    block_m = 64 if capability >= 100 or (element_size == 4 and capability < 90) else 128
+    while block_m > 16 and cdiv(m, block_m) < multiprocessors:
+        block_m //= 2
+    stages = 3
+    # beside the pipeline lie the hidden rows and a tile of the second weight
+    held = (block_m + block_n) * block_h * element_size
+    while stages > 1 and held + stages * (block_m + block_h) * block_k * element_size > shared_memory(capability):
+        stages -= 1
+    warps = 8 if block_m * block_n >= 64 * 128 else 4
+    return GemmConfig(warps=warps, stages=stages, block_m=block_m, block_n=block_h, block_k=block_k, group_m=1)
+
+
 def kv(m: int, depth: int, element_size: int, multiprocessors: int = DEFAULT_MULTIPROCESSORS) -> GemmConfig:
     """Two products of the whole depth; fewer positions a program where the maps are small."""
     block_n = max(16, next_power_of_2(depth))

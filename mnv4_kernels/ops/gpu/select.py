@@ -56,8 +56,9 @@ def _device(device: torch.device) -> tuple[str | None, int, int]:
 def _forget() -> None:
     """Empties every cache of a choice."""
     choices: tuple[Any, ...] = (
-        _device, depthwise_config, gemm_config, depthwise_gemm_config, conv_pair_config, kv_config, attention_config,
-        projected_attention_config, pool_config, training_depthwise_config, depthwise_backward_config, ceilings,
+        _device, depthwise_config, gemm_config, depthwise_gemm_config, conv_pair_config, expand_project_config,
+        kv_config, attention_config, projected_attention_config, pool_config, training_depthwise_config,
+        depthwise_backward_config, ceilings,
     )  # fmt: skip
     for choice in choices:
         choice.cache_clear()
@@ -178,6 +179,19 @@ def conv_pair_config(
         device,
         f"conv_pwconv/{dtype_name(dtype)}/m{m}h{hidden}n{outputs}c{channels}",
         lambda: heuristics.conv_pair(m, hidden, outputs, channels, dtype.itemsize, *_device(device)[1:]),
+    )
+
+
+@lru_cache(maxsize=4096)
+def expand_project_config(
+    m: int, channels: int, hidden: int, outputs: int, dtype: torch.dtype, device: torch.device
+) -> GemmConfig:
+    """Config of both products of a block in one launch: m pixels, `channels` to `hidden` to `outputs`."""
+    return _choose(
+        GemmConfig,
+        device,
+        f"expand_project/{dtype_name(dtype)}/m{m}c{channels}h{hidden}n{outputs}",
+        lambda: heuristics.expand_project(m, channels, hidden, outputs, dtype.itemsize, *_device(device)[1:]),
     )
 
 

@@ -167,6 +167,32 @@ def conv_pair(
     )
 
 
+def expand_project(
+    m: int,
+    channels: int,
+    hidden: int,
+    outputs: int,
+    element_size: int,
+    config: GemmConfig,
+    residual: bool = False,
+) -> Cost:
+    """Both products of a block without dw_mid: each part of the hidden channels reads the rows of x again, from L1."""
+    tiles, parts = cdiv(m, config.block_m), cdiv(hidden, config.block_n)
+    rows = tiles * config.block_m
+    y = m * outputs * (2 if residual else 1)
+    weights = hidden * (channels + outputs)
+    padded_c = cdiv(channels, config.block_k) * config.block_k
+    block_n = max(16, next_power_of_2(outputs))
+    return Cost(
+        memory=element_size * (m * channels + weights + y),
+        l2=element_size * (m * channels + tiles * weights + y),
+        l1=element_size * (parts * m * channels + tiles * weights + y),
+        matmul=2.0 * rows * parts * config.block_n * (padded_c + block_n),
+        fma=0.0,
+        programs=tiles,
+    )
+
+
 def depthwise_gemm(
     shape: tuple[int, ...],  # N, C, OH, OW of the depthwise convolution
     n: int,

@@ -12,6 +12,7 @@ from ..gpu.launch import Launch, in_format, nhwc
 from ..gpu.select import ceilings
 from ..layout import memory_format_of
 from ..pwconv_bn_act import triton_pwconv_bn_act as pointwise
+from . import triton_expand_project as products
 from .contract import fake, output_size
 
 
@@ -119,12 +120,20 @@ def build(
     size = output_size(start_weight, start_stride, start_padding, start_dilation, size)
     images = min(plan.images, x.shape[0])
     # one scratch tensor for all parts of the batch: it is overwritten before L2 lets go of it
-    hidden = (images, expand_weight.shape[0], *size)
+    hidden = (0 if plan.fuse_products else images, expand_weight.shape[0], *size)
     expanded = torch.empty(hidden, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     launches: list[Launch] = []
     for first in range(0, x.shape[0], images):
         part = x[first : first + images]
         h, out = expanded[: part.shape[0]], y[first : first + images]
+        shortcut = part if residual else None
+        if plan.fuse_products:
+            operand = part
+            if start_weight is not None:
+                operand, made = depthwise.build(part, start_weight, *start)
+                launches += made
+            launches += products.build(operand, *expand[:4], *project[:3], gamma, shortcut, out)
+            continue
         if start_weight is not None and plan.fuse_start:
             launches += fused.build(part, start_weight, *start, *expand, None, out=h)[1]
         else:
@@ -133,7 +142,6 @@ def build(
                 operand, made = depthwise.build(part, start_weight, *start)
                 launches += made
             launches += pointwise.build(operand, *expand, None, out=h)[1]
-        shortcut = part if residual else None
         if mid_weight is not None and plan.fuse_mid:
             launches += fused.build(h, mid_weight, *mid, *project, shortcut, out=out)[1]
         else:
