@@ -37,7 +37,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
 def interpret(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same, and the ops are the Triton kernels; for processes with TRITON_INTERPRET=1."""
     pretend(monkeypatch)
-    for op in environment.OPS:
+    for op in cuda.KERNELS.keys() & environment.OPS:
         monkeypatch.setattr(ops, op, cuda.kernel(op))
 
 

@@ -1,7 +1,7 @@
 """Blocks and halves of blocks in one call, and the model's head.
 
-On the CPU the ops of blocks and half blocks have no kernel: the reference answers, in plain torch. There the ops of
-their parts are what is fast.
+Half blocks have kernels for GPUs only: on a CPU the reference answers, in plain torch, and the ops of their parts are
+what is fast.
 """
 
 from __future__ import annotations
