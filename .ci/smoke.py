@@ -9,6 +9,7 @@ from mnv4_kernels.backends import native
 from mnv4_kernels.environment import OPS
 from mnv4_kernels.ops._contract import REFERENCES
 from mnv4_kernels.ops.support import backends_of
+from mnv4_kernels.testing import fused
 from mnv4_kernels.testing.tiers import forced_tier, tiers
 
 
@@ -31,6 +32,8 @@ def cases() -> dict[str, list[torch.Tensor | object]]:
             *(depthwise, per_channel, per_channel, torch.randn(16, 24, 1, 1)),
             *geometry,
         ],
+        "uib": [*fused.uib(16, 48, 16, (7, 7), skip=True).arguments()],
+        "mobile_attention": [*fused.mobile_attention(32, 4, 16, 16, (8, 6)).arguments()],
     }
 
 

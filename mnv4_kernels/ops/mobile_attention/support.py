@@ -9,11 +9,13 @@ import torch
 from ..support import CPP_DTYPES, Backend, library_reasons, tensor_reasons
 from .contract import mobile_attention
 
+# read here, since Dynamo of older torch can't iterate over a schema's arguments
+_NAMES = tuple(argument.name for argument in mobile_attention._schema.arguments)
+
 
 def supports(*arguments: Any) -> list[str]:
     """Why the engine can't run this call; empty list: it can."""
-    names = [argument.name for argument in mobile_attention._schema.arguments]
-    named = dict(zip(names, arguments, strict=False))
+    named = dict(zip(_NAMES, arguments, strict=False))
     tensors = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
     asked = (named[name] for name in ("x", "query_weight", "key_down", "value_down", "heads", "scale"))
     return [*library_reasons("mobile_attention"), *tensor_reasons(**tensors), *declined(*asked)]
