@@ -24,30 +24,33 @@ def _section(file: Path) -> str:
     data = json.loads(file.read_text())
     where = data["provenance"]
     results = data["results"]
-    names = list(dict.fromkeys(row["name"] for result in results for row in result["rows"] if row["median_ms"]))
     lines = [
-        f"{where['cpu']}, torch {where['versions']['torch']}, {where['date'][:10]}, commit {where['commit']}: "
-        f"milliseconds (median), and our best against the best of the others "
-        f"([all figures](benchmarks/results/{file.name})).",
-        "",
-        f"| case | floor | {' | '.join(names)} | ours |",
-        f"|---|{'---|' * (len(names) + 2)}",
+        f"{where['cpu']}, torch {where['versions']['torch']}: milliseconds (median), and our best against the best "
+        f"of the others ([all figures](benchmarks/results/{file.name})).",
     ]
-    return "\n".join([*lines, *(_row(result, names) for result in results)]) + "\n"
+    # cases that were measured with the same runtimes share a table
+    for names in dict.fromkeys(_names(result) for result in results):
+        lines += ["", f"| case | floor | {' | '.join(names)} | ours | commit |", f"|---|{'---|' * (len(names) + 3)}"]
+        lines += [_row(result, names) for result in results if _names(result) == names]
+    return "\n".join(lines) + "\n"
 
 
-def _row(result: dict[str, Any], names: list[str]) -> str:
+def _names(result: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(row["name"] for row in result["rows"] if row["median_ms"])
+
+
+def _row(result: dict[str, Any], names: tuple[str, ...]) -> str:
     case = result["case"]
     title = (
         f"{case['model'].removeprefix('mobilenetv4_')} {case['size']}px, batch {case['batch']}, {case['dtype']}, "
         f"{case['threads']} threads"
     )
     rows = {row["name"]: row for row in result["rows"]}
-    times = [rows[name]["median_ms"] if name in rows else None for name in names]
+    times = [rows[name]["median_ms"] for name in names]
     ours = [row["median_ms"] for row in result["rows"] if row["ours"] and row["median_ms"]]
     others = [row["median_ms"] for row in result["rows"] if not row["ours"] and row["median_ms"]]
     ratio = f"{min(others) / min(ours):.2f}x" if ours and others else "-"
-    cells = [f"{result['floor_ms']:.2f}", *("-" if time is None else f"{time:.2f}" for time in times), ratio]
+    cells = [f"{result['floor_ms']:.2f}", *(f"{time:.2f}" for time in times), ratio, result["made"]["commit"][:7]]
     return f"| {title} | {' | '.join(cells)} |"
 
 
