@@ -261,6 +261,16 @@ inline void define(py::module_& m) {
       py::arg("name"), py::arg("x"), py::arg("rows"), py::arg("columns"), py::arg("x_row"), py::arg("scale"),
       "softmax(scale * x), row by row, in place.");
   m.def(
+      "softmax_gradient_rows",
+      [](const std::string& name, const py::buffer& weights, const py::buffer& grad, int64_t rows, int64_t columns,
+         int64_t row_pitch, float scale) {
+        find(pointwise_rows(), name)
+            .softmax_gradient_rows(static_cast<const float*>(data(weights)), static_cast<float*>(data(grad, true)),
+                                   rows, columns, row_pitch, scale);
+      },
+      py::arg("name"), py::arg("weights"), py::arg("grad"), py::arg("rows"), py::arg("columns"), py::arg("row_pitch"),
+      py::arg("scale"), "The gradient of softmax's argument, row by row, in place of the weights' gradient.");
+  m.def(
       "winograd_terms",
       [](const std::string& name, const py::buffer& x, int64_t x_row, int64_t tiles, int64_t channels,
          const py::buffer& terms, int64_t term) {

@@ -456,6 +456,24 @@ def test_softmax_of_rows(kernel: dict[str, Any]) -> None:
         assert torch.equal(x.written(), mine)
 
 
+@pointwise_rows
+def test_the_way_back_through_softmax(kernel: dict[str, Any]) -> None:
+    for rows, columns in itertools.product((1, 3), COUNTS[1:]):
+        pitch = columns + 4
+        given, x = (Guarded((rows - 1) * pitch + columns) for _ in range(2))
+        weights, block = (guarded.values.as_strided((rows, columns), (pitch, 1)) for guarded in (given, x))
+        weights.copy_(random(rows, columns).softmax(1))
+        block.copy_(random(rows, columns))
+        w, g = weights.double(), block.double()
+        exact = w * (g - (w * g).sum(1, keepdim=True)) * 0.25
+        bound = EPS * (columns + 4) * (w * g).abs().sum(1, keepdim=True) + EPS * 4 * (w * g.abs() + exact.abs())
+        kernels.softmax_gradient_rows(kernel["listed_name"], given.buffer, x.buffer, rows, columns, pitch, 0.25)
+        assert bool(((block.double() - exact).abs() <= bound).all())
+        mine = torch.zeros_like(x.values, dtype=torch.bool)
+        mine.as_strided((rows, columns), (pitch, 1)).fill_(True)
+        assert torch.equal(x.written(), mine)
+
+
 winograd_rows = pytest.mark.parametrize("kernel", rows_of("winograd"))
 
 

@@ -18,9 +18,10 @@ from training import (
     widened,
 )
 
+from mnv4_kernels.ops._contract import REFERENCES
 from mnv4_kernels.ops.activation import ACTIVATIONS
 from mnv4_kernels.ops.layout import is_channels_last
-from mnv4_kernels.testing import LAYOUTS, forced_tier, tiers
+from mnv4_kernels.testing import LAYOUTS, cases, forced_tier, tiers
 
 SMALL = (
     Training("bn_act_dwconv", 5, (6, 5), stride=2, padding=(1, 1, 0, 1), act="silu"),
@@ -191,3 +192,54 @@ class TestContract:
             z, _, _ = op_of(call)(*arguments)
         maps = {tensor.data_ptr() for tensor in kept if tensor.dim() == 4 and tensor.shape[1] == 8}
         assert maps == {arguments[0].data_ptr(), z.data_ptr()}
+
+
+#: one block of rows and several, several parts of an image's rows, tails of keys and depths, more keys than usual
+ATTENTION = (
+    cases.mqa(1, 1, 1, 1, (1, 1)),
+    cases.mqa(4, 64, 64, 16, (8, 8)),
+    cases.mqa(8, 48, 48, 36, (12, 12), batch=2),
+    cases.mqa(3, 17, 15, 13, (5, 7)),
+    cases.mqa(2, 8, 33, 100, (9, 3), sharpness=20.0),
+    cases.mqa(4, 16, 16, 300, (3, 3), batch=3),
+)
+
+
+class TestAttention:
+    @pytest.mark.parametrize("layout", ["contiguous", "sliced_channels_last"])
+    @pytest.mark.parametrize("case", ATTENTION, ids=str)
+    def test_gradients_are_as_exact_as_plain_torch_on_every_instruction_set(
+        self, case: cases.Case, layout: str
+    ) -> None:
+        arguments = list(case.arguments(layout=layout))
+        baseline = results_and_gradients(REFERENCES["mqa"], arguments)
+        exact = results_and_gradients(REFERENCES["mqa"], widened(arguments))
+        for tier in tiers():
+            with forced_tier(tier):
+                assert_as_exact_as(results_and_gradients(torch.ops.mnv4_kernels.mqa, arguments), baseline, exact)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_low_precision_keeps_float32_sums(self, dtype: torch.dtype) -> None:
+        arguments = list(ATTENTION[2].arguments(dtype, "channels_last"))
+        ours = results_and_gradients(torch.ops.mnv4_kernels.mqa, arguments)
+        baseline = results_and_gradients(REFERENCES["mqa"], arguments)
+        assert_as_exact_as(ours, baseline, results_and_gradients(REFERENCES["mqa"], widened(arguments)), dtype)
+
+    def test_the_thread_count_changes_no_bit(self) -> None:
+        arguments = list(ATTENTION[2].arguments(layout="channels_last"))
+        found = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(results_and_gradients(torch.ops.mnv4_kernels.mqa, arguments)[1])
+        for other in found[1:]:
+            assert all(torch.equal(value, again) for value, again in zip(found[0], other, strict=True))
+
+    def test_a_gradient_of_another_shape_is_named(self) -> None:
+        query, key, value, heads, scale = ATTENTION[1].arguments()
+        with pytest.raises(RuntimeError, match="`grad` must have the result's shape"):
+            torch.ops.mnv4_kernels.mqa_backward(query[:, :-1], query, key, value, heads, scale)
+
+    def test_an_empty_batch_has_empty_gradients(self) -> None:
+        query, key, value, heads, scale = ATTENTION[1].arguments()
+        found = torch.ops.mnv4_kernels.mqa_backward(query[:0], query[:0], key[:0], value[:0], heads, scale)
+        assert [gradient.shape[0] for gradient in found] == [0, 0, 0]

@@ -1,4 +1,4 @@
-// mnv4_kernels::kv_downsample and mnv4_kernels::mqa on the CPU.
+// mnv4_kernels::kv_downsample, mnv4_kernels::mqa and its backward on the CPU.
 #include <algorithm>
 #include <tuple>
 
@@ -65,8 +65,10 @@ class KvPath {
   std::vector<float> zeros_;
 };
 
+// `wide` in x's type, shaped `size`.
 Tensor narrow_result(const Tensor& x, const Tensor& wide, IntList size) {
   const Storage type = storage_of(x, "x");
+  if (type == Storage::kFloat32) return viewed(wide, size);
   Tensor out = fresh(size, x.scalar_type());
   pointwise_kernels().narrow(floats(wide), type, out.mutable_data_ptr(), wide.numel());
   return out;
@@ -171,10 +173,6 @@ std::tuple<Tensor, Tensor> kv_downsample(Tensor x, OptionalTensor key_down, Opti
       gemm(kernel, args, rows * chunk / chunks, rows * (chunk + 1) / chunks, 0, div_up(args.n, kPanel));
     }
   });
-  if (storage_of(x, "x") == Storage::kFloat32) {
-    return {viewed(results[0], {in.batch, positions, key.outputs()}),
-            viewed(results[1], {in.batch, positions, value.outputs()})};
-  }
   return {narrow_result(x, results[0], {in.batch, positions, key.outputs()}),
           narrow_result(x, results[1], {in.batch, positions, value.outputs()})};
 }
@@ -192,7 +190,11 @@ const float* widened(const Tensor& t, const char* name, OptionalTensor* storage)
   return floats(**storage);
 }
 
-Tensor mqa(Tensor query, Tensor key, Tensor value, int64_t heads, double scale) {
+// Sizes of a call of mqa, checked.
+struct AttentionSizes {
+  int64_t batch, positions, key_dim, value_dim;
+};
+AttentionSizes attention_sizes(const Tensor& query, const Tensor& key, const Tensor& value, int64_t heads) {
   MNV4_CHECK_SHAPE(query.dim() == 4, query, "query", "have four dimensions [N, heads * Dk, H, W]");
   const int64_t batch = query.size(0);
   MNV4_CHECK_SHAPE(key.dim() == 3 && key.size(0) == batch, key, "key", "have shape [N, P, Dk] with N = ", batch);
@@ -200,25 +202,32 @@ Tensor mqa(Tensor query, Tensor key, Tensor value, int64_t heads, double scale) 
   MNV4_CHECK_SHAPE(value.dim() == 3 && value.size(0) == batch && value.size(1) == positions, value, "value",
                    "have shape [N, P, Dv] with N = ", batch, ", P = ", positions);
   const int64_t key_dim = key.size(2);
-  const int64_t value_dim = value.size(2);
   STD_TORCH_CHECK(heads > 0, "`heads` must be positive, got ", heads);
   STD_TORCH_CHECK(positions > 0, "`key` must have at least one position, got ", shape_text(key));
   MNV4_CHECK_SHAPE(query.size(1) == heads * key_dim, query, "query", "have heads * Dk = ", heads * key_dim,
                    " channels");
+  return {batch, positions, key_dim, value.size(2)};
+}
 
-  OptionalTensor key_storage, value_storage, query_storage;
+// Rows of heads, which are adjacent: a slice of more channels is copied.
+Image adjacent_rows(const Tensor& x, const char* name) {
+  Image in = dense_image(x, name);
+  if (in.pixel == in.channels) return in;
+  const Tensor rows = scratch(in.batch * in.pixels() * in.channels);
+  for (int64_t i = 0; i < in.batch * in.pixels(); ++i) {
+    std::copy_n(in.data + i * in.pixel, in.channels, floats(rows) + i * in.channels);
+  }
+  in.data = floats(rows);
+  in.storage = rows;
+  return in;
+}
+
+Tensor mqa(Tensor query, Tensor key, Tensor value, int64_t heads, double scale) {
+  const auto [batch, positions, key_dim, value_dim] = attention_sizes(query, key, value, heads);
+  OptionalTensor key_storage, value_storage;
   const float* k = widened(key, "key", &key_storage);
   const float* v = widened(value, "value", &value_storage);
-  Image in = dense_image(query, "query");
-  if (in.pixel != in.channels) {
-    // a slice of more channels: rows of heads must be adjacent
-    query_storage = scratch(in.batch * in.pixels() * in.channels);
-    float* to = floats(*query_storage);
-    for (int64_t i = 0; i < in.batch * in.pixels(); ++i) {
-      std::copy_n(in.data + i * in.pixel, in.channels, to + i * in.channels);
-    }
-    in.data = to;
-  }
+  const Image in = adjacent_rows(query, "query");
   Result out(query, batch, heads * value_dim, in.height, in.width, is_channels_last(query));
 
   const int64_t key_floats = round_up(positions, kPanel) * key_dim;
@@ -259,11 +268,102 @@ Tensor mqa(Tensor query, Tensor key, Tensor value, int64_t heads, double scale) 
   return out.finish();
 }
 
+// Query rows of an image that one worker goes back through; their sums over rows are joined in order.
+constexpr int64_t kGradientRows = 512;
+
+// Tiles [parts][ceil(P / 16)][ceil(D / 16)][16][16], summed in order, to [P][D].
+void join_tiles(const float* tiles, int64_t parts, int64_t positions, int64_t depth, float* out) {
+  const int64_t size = attention_tiles(positions, depth);
+  const int64_t panels = div_up(depth, kPanel);
+  for (int64_t p = 0; p < positions; ++p) {
+    for (int64_t d = 0; d < depth; ++d) {
+      const float* tile = tiles + ((p / kPanel * panels + d / kPanel) * kPanel + p % kPanel) * kPanel + d % kPanel;
+      float sum = 0.0f;
+      for (int64_t part = 0; part < parts; ++part) sum += tile[part * size];
+      out[p * depth + d] = sum;
+    }
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> mqa_backward(Tensor grad, Tensor query, Tensor key, Tensor value, int64_t heads,
+                                                double scale) {
+  const auto [batch, positions, key_dim, value_dim] = attention_sizes(query, key, value, heads);
+  MNV4_CHECK_SHAPE(grad.dim() == 4 && grad.size(0) == batch && grad.size(1) == heads * value_dim &&
+                       grad.size(2) == query.size(2) && grad.size(3) == query.size(3),
+                   grad, "grad", "have the result's shape [", batch, ", ", heads * value_dim, ", ", query.size(2), ", ",
+                   query.size(3), "]");
+  OptionalTensor key_storage, value_storage;
+  const float* k = widened(key, "key", &key_storage);
+  const float* v = widened(value, "value", &value_storage);
+  const Image in = adjacent_rows(query, "query");
+  const Image dy = adjacent_rows(grad, "grad");
+  Result dquery(query, batch, heads * key_dim, in.height, in.width, is_channels_last(query));
+  const Tensor dkey = scratch(batch * positions * key_dim);
+  const Tensor dvalue = scratch(batch * positions * value_dim);
+
+  // key and value by position for scores and their gradient, key by depth for the queries'
+  const int64_t padded = round_up(positions, kPanel);
+  const int64_t key_floats = padded * key_dim;
+  const int64_t value_floats = padded * value_dim;
+  const int64_t packed_floats = key_floats + value_floats + round_up(key_dim, kPanel) * positions;
+  const Tensor packed = scratch(batch * packed_floats);
+  const std::vector<float> zeros(static_cast<size_t>(round_up(std::max(positions, key_dim), kPanel)), 0.0f);
+  const GemmKernel& kernel = gemm_kernel();
+  const int64_t rows = in.pixels() * heads;
+  const int64_t parts = div_up(rows, kGradientRows);
+  const int64_t key_tiles = attention_tiles(positions, key_dim);
+  const int64_t value_tiles = attention_tiles(positions, value_dim);
+  const Tensor tiles = scratch(batch * parts * (key_tiles + value_tiles));
+
+  parallel(batch, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      float* to = floats(packed) + n * packed_floats;
+      const float* keys = k + n * positions * key_dim;
+      pack_panels(keys, positions, key_dim, key_dim, 1, to);
+      pack_panels(v + n * positions * value_dim, positions, value_dim, value_dim, 1, to + key_floats);
+      pack_panels(keys, key_dim, positions, 1, key_dim, to + key_floats + value_floats);
+    }
+  });
+  parallel(batch * parts, [&](int64_t begin, int64_t end) {
+    const Tensor buffer = scratch(attention_gradient_scratch(kernel, positions, key_dim, value_dim));
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t n = t / parts;
+      const int64_t part = t % parts;
+      AttentionGradientArgs args{};
+      args.query = in.data + n * rows * key_dim;
+      args.grad = dy.data + n * rows * value_dim;
+      args.key = floats(packed) + n * packed_floats;
+      args.value = args.key + key_floats;
+      args.key_by_depth = args.value + value_floats;
+      args.zeros = zeros.data();
+      args.dquery = dquery.data() + n * rows * key_dim;
+      // all parts of an image's keys, then all of its values
+      args.key_tiles = floats(tiles) + n * parts * (key_tiles + value_tiles) + part * key_tiles;
+      args.value_tiles = floats(tiles) + n * parts * (key_tiles + value_tiles) + parts * key_tiles + part * value_tiles;
+      args.positions = positions;
+      args.key_dim = key_dim;
+      args.value_dim = value_dim;
+      args.scale = static_cast<float>(scale);
+      attention_gradient(kernel, args, rows * part / parts, rows * (part + 1) / parts, floats(buffer));
+    }
+  });
+  parallel(batch, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const float* from = floats(tiles) + n * parts * (key_tiles + value_tiles);
+      join_tiles(from, parts, positions, key_dim, floats(dkey) + n * positions * key_dim);
+      join_tiles(from + parts * key_tiles, parts, positions, value_dim, floats(dvalue) + n * positions * value_dim);
+    }
+  });
+  return {dquery.finish(), narrow_result(key, dkey, {batch, positions, key_dim}),
+          narrow_result(value, dvalue, {batch, positions, value_dim})};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mnv4_kernels, CPU, m) {
   m.impl("kv_downsample", TORCH_BOX(&kv_downsample));
   m.impl("mqa", TORCH_BOX(&mqa));
+  m.impl("mqa_backward", TORCH_BOX(&mqa_backward));
 }
 
 }  // namespace mnv4::ops

@@ -30,4 +30,32 @@ int64_t attention_scratch(const GemmKernel& kernel, int64_t positions);
 void attention(const GemmKernel& kernel, const GemmKernel& mixing, const AttentionArgs& args, int64_t row_begin,
                int64_t row_end, float* scratch);
 
+// The way back. Weights are computed anew. Sums over query rows are added to tiles [ceil(P / 16)][ceil(D / 16)][16][16]
+// of the gradients of key and value; rows beyond P and columns beyond D hold nothing of use.
+struct AttentionGradientArgs {
+  const float* query;         // [rows][key_dim]
+  const float* grad;          // [rows][value_dim]
+  const float* key;           // packed [ceil(P / 16)][key_dim][16]
+  const float* value;         // packed [ceil(P / 16)][value_dim][16]
+  const float* key_by_depth;  // packed [ceil(key_dim / 16)][P][16]
+  const float* zeros;         // [max(ceil(P / 16), ceil(key_dim / 16)) * 16] of bias
+  float* dquery;              // [rows][key_dim]
+  float* key_tiles;
+  float* value_tiles;
+  int64_t positions;
+  int64_t key_dim;
+  int64_t value_dim;
+  float scale;
+};
+
+// Floats of the tiles of a gradient [positions][depth].
+int64_t attention_tiles(int64_t positions, int64_t depth);
+
+// Floats of scratch that one worker needs.
+int64_t attention_gradient_scratch(const GemmKernel& kernel, int64_t positions, int64_t key_dim, int64_t value_dim);
+
+// Query rows [row_begin, row_end); the tiles are written, not added to, by the first of them.
+void attention_gradient(const GemmKernel& kernel, const AttentionGradientArgs& args, int64_t row_begin, int64_t row_end,
+                        float* scratch);
+
 }  // namespace mnv4

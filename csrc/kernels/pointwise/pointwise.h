@@ -18,6 +18,10 @@ struct PointwiseKernels {
   void (*mean_pixels)(const float* x, int64_t pixels, ptrdiff_t x_pixel, int64_t channels, float* y);
   // softmax of scale * x over `columns`, in place, for each row; rows are x_row apart
   void (*softmax_rows)(float* x, int64_t rows, int64_t columns, ptrdiff_t x_row, float scale);
+  // The way back through it: from weights w and their gradients g to those of x, in place of g, row by row:
+  // w (g - sum(w g)) scale
+  void (*softmax_gradient_rows)(const float* weights, float* grad, int64_t rows, int64_t columns, ptrdiff_t row_pitch,
+                                float scale);
 };
 
 // The first entry of the list that the active tier can run.

@@ -101,5 +101,24 @@ void softmax_rows(float* x, int64_t rows, int64_t columns, ptrdiff_t x_row, floa
   }
 }
 
+void softmax_gradient_rows(const float* weights, float* grad, int64_t rows, int64_t columns, ptrdiff_t row_pitch,
+                           float scale) {
+  const Vec factor = Vec::broadcast(scale);
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* w = weights + r * row_pitch;
+    float* g = grad + r * row_pitch;
+    Vec sum = Vec::zero();
+    for (int64_t i = 0; i < columns; i += Vec::kWidth) {
+      const int valid = static_cast<int>(columns - i < Vec::kWidth ? columns - i : Vec::kWidth);
+      sum = fma(Vec::load(w + i, valid), Vec::load(g + i, valid), sum);
+    }
+    const Vec shared = Vec::broadcast(simd::reduce_add(sum));
+    for (int64_t i = 0; i < columns; i += Vec::kWidth) {
+      const int valid = static_cast<int>(columns - i < Vec::kWidth ? columns - i : Vec::kWidth);
+      (Vec::load(w + i, valid) * (Vec::load(g + i, valid) - shared) * factor).store(g + i, valid);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace mnv4

@@ -40,7 +40,7 @@ def backward_reference(
     weights = torch.softmax(q @ k.transpose(1, 2) * scale, dim=-1)
     dweights = dy @ v.transpose(1, 2)
     dscores = weights * (dweights - (weights * dweights).sum(-1, keepdim=True)) * scale
-    dq = (dscores @ k).view(query.shape[0], -1, query.shape[1]).transpose(1, 2).reshape(query.shape)
+    dq = (dscores @ k).view(query.shape[0], rows // heads, query.shape[1]).transpose(1, 2).reshape(query.shape)
     return (
         dq.to(query.dtype).contiguous(memory_format=memory_format_of(query)),
         (dscores.transpose(1, 2) @ q).to(key.dtype).contiguous(),
