@@ -97,7 +97,23 @@ def sharded(folder: Path) -> Gradients:
     for _ in range(2):
         model.zero_grad()
         loss_of(model(batch(folder))).backward()
-    return {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    found = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    _unpatched_and_patched_again(model)
+    return found
+
+
+def _unpatched_and_patched_again(model: Any) -> None:
+    """What `unpatch` leaves of a sharded model, and what `patch` says to one."""
+    from torch.distributed.fsdp import FSDPModule
+
+    block = model.blocks[2][0]
+    mk.unpatch(model)
+    assert isinstance(block, FSDPModule)
+    assert type(block).__name__ == "FSDPUniversalInvertedResidual"
+    assert type(block) is type(model.blocks[2][1])
+    block.reshard()
+    (row,) = [row for row in mk.patch(model).left_alone if row.name == "blocks.2.0"]
+    assert row.reason == "it was sharded first: call mnv4_kernels.patch before fully_shard"
 
 
 def _patched(model: nn.Module) -> Any:

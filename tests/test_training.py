@@ -87,7 +87,7 @@ class TestBatchNorm:
         assert not mk.patch(before).replaced
         mk.patch(after)
         plan = convert_sync_batchnorm(after).blocks[2][0]._mnv4_training_plan()
-        assert "SyncBatchNormAct is not BatchNorm2d" in plan.obstacle
+        assert "the statistics of SyncBatchNormAct are of all processes" in plan.obstacle
 
 
 class TestHabits:

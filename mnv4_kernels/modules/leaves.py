@@ -105,6 +105,8 @@ def norm_reasons(norm: nn.Module | None) -> list[str]:
     """Why `norm` can't be folded; None (no normalisation) can."""
     if norm is None:
         return []
+    if isinstance(norm, nn.SyncBatchNorm):
+        return [f"the statistics of {type(norm).__name__} are of all processes: the ops have those of one"]
     if type(norm) not in NORMS:
         return [f"{type(norm).__name__} is not BatchNorm2d"]
     reasons = [reason for reason in (tampered(norm),) if reason]

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..modules import Body, DropIn, leave_room, leaves, make_room
 from .report import LEFT_ALONE, PARTLY, REPLACED, PatchReport, Row
-from .rules import Rule, rule_of
+from .rules import RULES, Rule, rule_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -77,7 +77,7 @@ def unpatch(model: Model) -> Model:
     _check(model)
     for module in model.modules():
         if isinstance(module, DropIn):
-            _restore(module, module._mnv4_base)
+            _restore(module, _unpatched(type(module)))
     return model
 
 
@@ -92,7 +92,7 @@ def patched(model: nn.Module, strict: bool = False) -> Iterator[PatchReport]:
     finally:
         for module in model.modules():
             if isinstance(module, DropIn) and id(module) not in before:
-                _restore(module, module._mnv4_base)
+                _restore(module, _unpatched(type(module)))
 
 
 def _check(model: object) -> None:
@@ -118,6 +118,23 @@ def _restore(module: nn.Module, cls: type[nn.Module]) -> None:
     leave_room(module)
 
 
+#: a class with a drop-in in it -> the same with timm's class
+_UNPATCHED: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _unpatched(cls: type[nn.Module]) -> type[nn.Module]:
+    """`cls` with timm's class in a drop-in's place: what was put before it since, as fully_shard does, stays."""
+    own: type[nn.Module] | None = vars(cls).get("_mnv4_base")
+    if own is not None or not issubclass(cls, DropIn):
+        return own or cls
+    if cls not in _UNPATCHED:
+        below = next(base for base in cls.__mro__ if "_mnv4_base" in vars(base))
+        members = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+        name = cls.__name__.replace(below.__name__, cls._mnv4_base.__name__)
+        _UNPATCHED[cls] = type(name, tuple(map(_unpatched, cls.__bases__)), members)
+    return _UNPATCHED[cls]
+
+
 def _decide(
     model: nn.Module,
 ) -> tuple[list[Row], list[tuple[nn.Module, type[nn.Module]]], list[str]]:
@@ -129,6 +146,9 @@ def _decide(
     for module, name in names.items():
         rule = rule_of(module)
         if rule is None:
+            near = _subclass_row(module, name)
+            if near is not None:
+                rows[module] = near
             continue
         row, bodies = _row(module, name, rule, names)
         rows[module] = row
@@ -166,6 +186,17 @@ def _row(module: nn.Module, name: str, rule: Rule, names: dict[nn.Module, str]) 
     kept = tuple((_relative(names.get(step.module, step.name), name), step.reason) for step in own)
     status = LEFT_ALONE if not fused else PARTLY if kept else REPLACED
     return Row(name, cls, status, fused, kept), bodies
+
+
+def _subclass_row(module: nn.Module, name: str) -> Row | None:
+    """The row of a module that is nearly one of those that rules know; None for any other."""
+    base = next((cls for cls in RULES if isinstance(module, cls)), None)
+    if base is None:
+        return None
+    reason = f"a subclass of timm's {base.__name__} may compute something else"
+    if any(cls.__name__ == "FSDPModule" for cls in type(module).__bases__):
+        reason = "it was sharded first: call mnv4_kernels.patch before fully_shard"
+    return Row(name, type(module).__name__, LEFT_ALONE, kept=(("", reason),))
 
 
 def _leaf_row(module: nn.Module, name: str, blocks: list[Row]) -> Row:
