@@ -1,8 +1,10 @@
 """Compiles every launch of the twelve models for GPUs that are not there: registers, spills, shared memory.
 
     python benchmarks/gpu_offline.py --models conv_small hybrid_medium --dtypes bfloat16 --batches 1 256
+    python benchmarks/gpu_offline.py --train      # the training kernels instead
 
-Writes `results/gpu/gpu_offline.json` and `.md`; exits with 1 if a config spills or takes too much shared memory.
+Writes `results/gpu/gpu_offline.json` and `.md`, or `gpu_offline_training`; exits with 1 if a config spills or takes too
+much shared memory.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 
 import torch
 from gpu_shapes import MODELS, blocks, calls, compiles_as, launches
+from gpu_training import training_calls
 
 from mnv4_kernels.ops.gpu.config import to_json
 from mnv4_kernels.ops.gpu.launch import Launch
@@ -31,16 +34,17 @@ TARGETS = {80: 163 * 1024, 86: CONSUMER_SHARED_LIMIT, 90: SHARED_LIMIT, 100: SHA
 
 
 def shipped(
-    models: list[str], batches: list[int], dtypes: list[torch.dtype], capability: int
+    models: list[str], batches: list[int], dtypes: list[torch.dtype], capability: int, train: bool = False
 ) -> Iterator[tuple[str, Launch]]:
     """(role, launch) of every binary that a device of this capability runs, each once."""
     seen = set()
+    calls_of = training_calls if train else calls
     with assume(capability):
         for model in models:
             for batch in batches:
                 for block in blocks(model, batch):
                     for dtype in dtypes:
-                        for call in calls(block, dtype, "meta"):
+                        for call in calls_of(block, dtype, "meta"):
                             for launch in launches(call):
                                 key = compiles_as(launch)
                                 if key not in seen:
@@ -96,21 +100,23 @@ def main() -> int:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64, 256])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--capabilities", nargs="+", type=int, default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--train", action="store_true", help="the training kernels instead")
     parser.add_argument("--write", action="store_true", help="write results/gpu/gpu_offline.{json,md}")
     arguments = parser.parse_args()
     dtypes = [getattr(torch, name) for name in arguments.dtypes]
     rows, begin = [], time.monotonic()
     for capability in arguments.capabilities:
-        for role, launch in shipped(arguments.models, arguments.batches, dtypes, capability):
+        for role, launch in shipped(arguments.models, arguments.batches, dtypes, capability, arguments.train):
             rows.append(row(role, launch, capability))
             if rows[-1]["problems"]:
                 print(f"sm_{capability} {role} {launch.config}: {rows[-1]['problems']}", flush=True)
         print(f"sm_{capability}: {len(rows)} binaries so far, {time.monotonic() - begin:.0f} s", flush=True)
     if arguments.write:
         RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / "gpu_offline.json").write_text(json.dumps(rows, indent=1) + "\n")
+        name = "gpu_offline_training" if arguments.train else "gpu_offline"
+        (RESULTS / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
         command = " ".join(["python", "benchmarks/gpu_offline.py", *sys.argv[1:]])
-        (RESULTS / "gpu_offline.md").write_text(markdown(rows, command))
+        (RESULTS / f"{name}.md").write_text(markdown(rows, command))
     return int(any(entry["problems"] for entry in rows))
 
 

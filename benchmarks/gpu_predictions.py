@@ -1,8 +1,10 @@
 """Predicted GPU times of the twelve models, from the traffic model: nothing here was measured.
 
     python benchmarks/gpu_predictions.py --write
+    python benchmarks/gpu_predictions.py --train --write
 
-Writes `results/gpu/gpu_predictions.json` and `.md`, for the first run on a device to confirm or correct.
+Writes `results/gpu/gpu_predictions.json` and `.md` (or `gpu_predictions_training`), for the first run on a device to
+confirm or correct.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from gpu_shapes import MODELS, AttentionShape, Block, ConvShape, HeadShape, blocks
+import torch
+from gpu_shapes import MODELS, AttentionShape, Block, Call, ConvShape, HeadShape, blocks, launches
+from gpu_training import training_calls
 
 from mnv4_kernels.ops.gpu import gate, heuristics, traffic
 from mnv4_kernels.ops.gpu.gate import ConvPairShape, UibShape
@@ -136,6 +140,68 @@ TARGETS: dict[int, Callable[[str], dict[str, float]]] = {
 }
 
 
+def _products(call: Call) -> float:
+    """Operations of a training call's matrix products; depthwise convolutions have none."""
+    if call.op.startswith("mqa"):
+        query, key = call.arguments[-5:-3]
+        # forward two; backward scores and weights' gradient three times, and three gradients
+        return 2.0 * query.numel() * key.shape[1] * (9 if call.op.endswith("_backward") else 2)
+    if not call.op.startswith(("bn_act_conv", "bn_act_pwconv")):
+        return 0.0
+    backward = call.op.endswith("_backward")
+    z, x, weight = (call.arguments[i] for i in ((0, 5, 12) if backward else (0, 0, 7)))
+    pixels = (z if backward else x).numel() / (z if backward else x).shape[1]
+    if not backward and call.op == "bn_act_conv":
+        stride = call.arguments[8]
+        pixels /= stride[0] * stride[1]
+    need_input = not backward or call.arguments[-2]
+    return 2.0 * pixels * weight.numel() * (1 + need_input if backward else 1)
+
+
+def training_row(model: str, batch: int) -> dict[str, Any]:
+    """One model and batch: predicted microseconds, bytes and launches of a step's forward and backward in bfloat16."""
+    ceilings = Ceilings()
+    us = 0.0
+    moved = count = 0
+    for block in blocks(model, batch):
+        for call in training_calls(block, torch.bfloat16, "meta"):
+            operations = _products(call)
+            steps = launches(call)
+            # launches of one kernel (the phases of a stride) share what they read
+            tensors = {
+                (step.kernel.__name__, id(value)): value.numel() * value.element_size()
+                for step in steps
+                for value in step.arguments
+                if isinstance(value, torch.Tensor)
+            }
+            of_call = sum(tensors.values())
+            moved += of_call
+            count += len(steps)
+            floor = max(of_call / (ceilings.copy_gb_s * 1e3), operations / (ceilings.matmul_tflop_s * 1e6))
+            us += floor + len(steps) * ceilings.launch_us
+    return {
+        "model": model, "batch": batch, "dtype": "bfloat16", "us": round(us, 1), "mib": round(moved / 2**20, 1),
+        "launches": count,
+    }  # fmt: skip
+
+
+def training_markdown(rows: list[dict[str, Any]]) -> str:
+    """The table of training steps, headed by what it is."""
+    lines = [
+        "# Predicted training steps, not measured",
+        "",
+        "Forward and backward of the training kernels in bfloat16, from what each launch reads and writes and what its",
+        "products compute, each at the ceilings of one H100 as in `gpu_predictions.md`, plus 1.5 us a launch. Pool,",
+        "classifier, loss, optimizer and autocast's casts are left out. No kernel of this table has run on a GPU.",
+        "`python benchmarks/gpu_predictions.py --train --write` makes this file.",
+        "",
+        "| model | batch | us | MiB | launches |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [f"| {r['model']} | {r['batch']} | {r['us']} | {r['mib']} | {r['launches']} |" for r in rows]
+    return "\n".join(lines) + "\n"
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table, headed by what it is."""
     lines = [
@@ -170,15 +236,20 @@ def main() -> int:
     """Prints the table; writes it where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--write", action="store_true", help="write results/gpu/gpu_predictions.{json,md}")
+    parser.add_argument("--train", action="store_true", help="training steps")
+    parser.add_argument("--write", action="store_true", help="write the files")
     arguments = parser.parse_args()
-    rows = [row(model, batch) for model in arguments.models for batch in BATCHES]
-    print(markdown(rows))
+    train = arguments.train
+    name = "gpu_predictions_training" if train else "gpu_predictions"
+    batches, predict = ((64, 256), training_row) if train else (BATCHES, row)
+    rows = [predict(model, batch) for model in arguments.models for batch in batches]
+    text = training_markdown(rows) if train else markdown(rows)
+    print(text)
     if arguments.write:
         RESULTS.mkdir(parents=True, exist_ok=True)
         data = {"measured": False, "ceilings": asdict(Ceilings()), "rows": rows}
-        (RESULTS / "gpu_predictions.json").write_text(json.dumps(data, indent=1) + "\n")
-        (RESULTS / "gpu_predictions.md").write_text(markdown(rows))
+        (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+        (RESULTS / f"{name}.md").write_text(text)
     return 0
 
 

@@ -2,14 +2,19 @@
 
     python benchmarks/train_digits.py --models conv_small hybrid_medium --steps 100
 
-What rounding alone does to a loss curve is seen beside it: eager in its two memory formats.
+What rounding alone does to a loss curve is seen beside it: eager in its two memory formats. `--json FILE` keeps
+everything, curves included, and goes on with what the file does not have yet.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
 import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -20,6 +25,7 @@ from torch.nn import functional as F
 import mnv4_kernels
 from mnv4_kernels import tables
 from mnv4_kernels.benchmark.case import DTYPES
+from mnv4_kernels.benchmark.report import provenance
 
 PATHS = ("eager", "eager channels_last", "patched")
 OPTIMIZERS = {
@@ -92,8 +98,31 @@ def apart(losses: list[float], others: list[float]) -> float:
     return sum(abs(mine - other) for mine, other in zip(losses, others, strict=True)) / len(losses)
 
 
+def run(data: Digits, name: str, optimizer: str, dtype: str, steps: int, batch: int) -> dict[str, dict[str, Any]]:
+    """{path: its losses and final accuracy}."""
+    found = {}
+    for path in PATHS:
+        model = created(f"mobilenetv4_{name}", path)
+        chosen = OPTIMIZERS[optimizer](model.parameters())
+        losses = train(model, data, chosen, steps, batch, DTYPES[dtype])
+        found[path] = {"losses": [round(loss, 6) for loss in losses], "accuracy": round(accuracy(model, data), 4)}
+    return found
+
+
+def table(title: str, found: dict[str, dict[str, Any]]) -> str:
+    """First and last losses, the distance from eager's curve, and the accuracy of each path."""
+    eager = found["eager"]["losses"]
+    rows = []
+    for path, values in found.items():
+        losses = values["losses"]
+        last = sum(losses[-10:]) / len(losses[-10:])
+        difference = apart(losses, eager)
+        rows.append([path, f"{losses[0]:.4f}", f"{last:.4f}", f"{difference:.1e}", f"{values['accuracy']:.1%}"])
+    return tables.render(title, ["path", "first loss", "last ten", "from eager", "accuracy"], rows)
+
+
 def main() -> int:
-    """Trains in every way; a table."""
+    """Trains in every way; a table each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["conv_small", "hybrid_medium"])
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=list(OPTIMIZERS))
@@ -101,27 +130,25 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, help="where everything is kept")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     data = digits(arguments.size)
+    command = shlex.join(["python", "benchmarks/train_digits.py", *sys.argv[1:]])
+    kept: dict[str, Any] = {"provenance": {**provenance(), "command": command}, "results": {}}
+    if arguments.json and arguments.json.is_file():
+        kept["results"] = json.loads(arguments.json.read_text())["results"]
     for name in arguments.models:
         for optimizer in arguments.optimizers:
             for dtype in arguments.dtypes:
-                curves: dict[str, list[float]] = {}
-                rows = []
-                for path in PATHS:
-                    model = created(f"mobilenetv4_{name}", path)
-                    chosen = OPTIMIZERS[optimizer](model.parameters())
-                    curves[path] = train(model, data, chosen, arguments.steps, arguments.batch, DTYPES[dtype])
-                    losses = curves[path]
-                    last = sum(losses[-10:]) / len(losses[-10:])
-                    difference = apart(losses, curves["eager"])
-                    first = f"{losses[0]:.4f}"
-                    rows.append([path, first, f"{last:.4f}", f"{difference:.1e}", f"{accuracy(model, data):.1%}"])
-                head = ["path", "first loss", "last ten", "from eager", "accuracy"]
-                title = (
-                    f"{name} {optimizer} {dtype}, {arguments.steps} steps of {arguments.batch} at {arguments.size}px"
-                )
-                print(f"\n{tables.render(title, head, rows)}", flush=True)
+                shape = f"{arguments.steps} steps of {arguments.batch} at {arguments.size}px"
+                title = f"{name} {optimizer} {dtype}, {shape}"
+                if title not in kept["results"]:
+                    kept["results"][title] = run(data, name, optimizer, dtype, arguments.steps, arguments.batch)
+                    if arguments.json:
+                        arguments.json.write_text(json.dumps(kept, indent=1) + "\n")
+                print(f"\n{table(title, kept['results'][title])}", flush=True)
     return 0
 
 

@@ -14,6 +14,7 @@ from mnv4_kernels import environment, ops
 from mnv4_kernels.backends import cuda
 from mnv4_kernels.engine.graphs import Recording, Run
 from mnv4_kernels.modules import leaves
+from mnv4_kernels.ops._contract import DIRECT, FORMULAS, differentiable_by
 
 #: what a test of a GPU's path is run on: CPU tensors that are taken for a GPU's, and a GPU
 DEVICES = [
@@ -39,6 +40,25 @@ def interpret(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch)
     for op in cuda.KERNELS.keys() & environment.OPS:
         monkeypatch.setattr(ops, op, cuda.kernel(op))
+    for op in DIRECT:
+        monkeypatch.setitem(DIRECT, op, by_kernels(op))
+
+
+def by_kernels(op: str) -> Any:
+    """A training op as an autograd function of its Triton kernels."""
+    return differentiable_by(cuda.kernel(op), cuda.kernel(f"{op}_backward"), FORMULAS[op])
+
+
+def launched(build: Callable[..., Any], *choices: Any) -> Any:
+    """An op by a launcher's `build` with explicit `choices` after the op's own arguments."""
+
+    def op(*arguments: Any) -> Any:
+        result, launches = build(*arguments, *choices)
+        for launch in launches:
+            launch.run()
+        return result
+
+    return op
 
 
 class Tape:

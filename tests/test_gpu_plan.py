@@ -12,6 +12,7 @@ pytest.importorskip("timm", reason="timm is not installed")
 
 from gpus import pretend
 from models import HYBRID, NAMES, SMALL, assert_patched_is_as_exact, create, images, ops_called
+from training_models import assert_trains_alike, smooth
 
 import mnv4_kernels as mk
 from mnv4_kernels.backends import cuda
@@ -145,3 +146,49 @@ def test_parameters_in_several_places_keep_timms_path() -> None:
 def test_graphs_of_the_compiler_replay_no_piece() -> None:
     # a replayed piece would not see that a parameter changed
     assert torch.Tag.cudagraph_unsafe in piece.tags
+
+
+@pytest.mark.usefixtures("_gpu", "one_thread")
+@pytest.mark.parametrize("name", [SMALL, pytest.param(HYBRID, marks=pytest.mark.slow)])
+def test_a_model_trains_by_the_training_ops(name: str) -> None:
+    assert_trains_alike(smooth(name))
+
+
+@pytest.mark.usefixtures("_gpu", "one_thread")
+def test_explain_names_the_training_ops_of_a_block() -> None:
+    model = smooth(HYBRID)
+    mk.patch(model)
+    rows = mk.explain(model, images(2, 3, 64, 64)).rows
+    by_class = {row.cls: row for row in rows if row.kernel == "Triton"}
+    assert by_class["UniversalInvertedResidual"].steps[-1] == "bn_act"
+    assert "dw_start: bn_act_dwconv" in by_class["UniversalInvertedResidual"].steps
+    assert any(step.endswith("mqa") for step in by_class["MobileAttention"].steps)
+    assert by_class["EdgeResidual"].steps[0].endswith("bn_act_conv")
+
+
+def test_training_on_a_gpu_that_is_too_old_takes_timms_path_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch)
+    reason = "the CUDA device is older than compute capability 8.0"
+    monkeypatch.setattr(cuda, "reasons", lambda: (reason,))
+    model, x = smooth(), images(2, 3, 64, 64)
+    mk.patch(model)
+    assert ops_called(lambda: model(x)) == []
+    assert any(reason in row.reason for row in mk.explain(model, x).rows)
+
+
+@pytest.mark.usefixtures("_gpu")
+def test_heads_that_are_too_wide_do_not_train_by_the_ops() -> None:
+    model = smooth(HYBRID)
+    mk.patch(model)
+    block = next(block for stage in model.blocks for block in stage if hasattr(block, "attn"))
+    block.attn.key_dim = 256
+    assert "keys and values of 256 channels; the Triton kernels take 128" in block._mnv4_training_plan().obstacle
+
+
+def test_training_with_an_input_elsewhere_than_the_parameters_is_named() -> None:
+    model = smooth()
+    mk.patch(model)
+    x = torch.empty(2, 3, 64, 64)
+    plan = model.blocks[0][0]._mnv4_training_plan()
+    plan.device = torch.device("cuda", 1)
+    assert plan.obstacle_of(x.dtype, x.device) == "the input is on cpu, the parameters are on cuda:1"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +22,16 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 #: one launch of each kernel, at shapes where registers are tight
 FAMILIES = (
+    "bn_act",
+    "bn_act_backward",
+    "bn_act_conv",
+    "bn_act_conv_backward",
     "bn_act_dwconv",
     "bn_act_dwconv_backward",
+    "bn_act_pwconv",
+    "bn_act_pwconv_backward",
+    "bn_act_stem",
+    "bn_act_stem_backward",
     "conv_bn_act",
     "conv_pwconv",
     "stem",
@@ -32,6 +41,7 @@ FAMILIES = (
     "head",
     "kv_downsample",
     "mqa",
+    "mqa_backward",
     "pwconv_bn_act",
 )
 
@@ -41,8 +51,14 @@ def _nhwc(*size: int) -> torch.Tensor:
 
 
 def _launches(family: str) -> list[Launch]:
+    from mnv4_kernels.ops.bn_act import triton_bn_act as end
+    from mnv4_kernels.ops.bn_act import triton_bn_act_backward as end_backward
+    from mnv4_kernels.ops.bn_act_conv import triton_bn_act_conv as dense
+    from mnv4_kernels.ops.bn_act_conv import triton_bn_act_conv_backward as dense_backward
     from mnv4_kernels.ops.bn_act_dwconv import triton_bn_act_dwconv as training
     from mnv4_kernels.ops.bn_act_dwconv import triton_bn_act_dwconv_backward as training_backward
+    from mnv4_kernels.ops.bn_act_pwconv import triton_bn_act_pwconv as product
+    from mnv4_kernels.ops.bn_act_pwconv import triton_bn_act_pwconv_backward as product_backward
     from mnv4_kernels.ops.conv_bn_act import triton_conv_bn_act as conv
     from mnv4_kernels.ops.conv_pwconv import triton_conv_pwconv as pair
     from mnv4_kernels.ops.dwconv_bn_act import triton_dwconv_bn_act as depthwise
@@ -50,6 +66,7 @@ def _launches(family: str) -> list[Launch]:
     from mnv4_kernels.ops.head import triton_head as head
     from mnv4_kernels.ops.kv_downsample import triton_kv_downsample as kv
     from mnv4_kernels.ops.mqa import triton_mqa as attention
+    from mnv4_kernels.ops.mqa import triton_mqa_backward as attention_backward
     from mnv4_kernels.ops.mqa_projected import triton_mqa_projected as projected
     from mnv4_kernels.ops.pwconv_bn_act import triton_pwconv_bn_act as pointwise
     from mnv4_kernels.ops.uib import triton_expand_project as products
@@ -63,13 +80,32 @@ def _launches(family: str) -> list[Launch]:
     x, wide = _nhwc(64, 160, 16, 16), _nhwc(64, 640, 16, 16)
     image = torch.empty(64, 3, 224, 224, dtype=torch.bfloat16, device="meta")
     two = ([2, 2], [1, 1, 1, 1], [1, 1])
-    norm, weight = (*(channels(640) for _ in range(4)), 1e-5, "silu"), _nhwc(640, 1, 5, 5)
-    through = (channels(640), channels(640), wide, channels(640))
+
+    def norm(count: int) -> tuple[Any, ...]:
+        return (*(channels(count) for _ in range(4)), 1e-5, "silu")
+
+    def through(z: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (z, channels(z.shape[1]), channels(z.shape[1]), z, channels(z.shape[1]))
+
+    raw = (None, None, None, None, 0.0, "none")
+    weight, filters, stem = _nhwc(640, 1, 5, 5), _nhwc(192, 48, 3, 3), _nhwc(32, 3, 3, 3)
+    map_, half, first = _nhwc(64, 48, 64, 64), _nhwc(64, 192, 32, 32), _nhwc(64, 32, 112, 112)
+    project = _nhwc(160, 640, 1, 1)
     builds: dict[str, Callable[[], tuple[object, list[Launch]]]] = {
-        "bn_act_dwconv": lambda: training.build(wide, *norm, weight, *same, True),
-        "bn_act_dwconv_backward": lambda: training_backward.build(
-            wide, *through, wide, *norm, weight, *same, True, True
+        "bn_act": lambda: end.build(x, *norm(160), channels(160), channels(64), x),
+        "bn_act_backward": lambda: end_backward.build(x, x, *norm(160), channels(160), channels(64)),
+        "bn_act_conv": lambda: dense.build(map_, *norm(48), filters, *two, True),
+        "bn_act_conv_backward": lambda: dense_backward.build(
+            *through(half), map_, *norm(48), filters, *two, True, True
         ),
+        "bn_act_dwconv": lambda: training.build(wide, *norm(640), weight, *same, True),
+        "bn_act_dwconv_backward": lambda: training_backward.build(
+            *through(wide), wide, *norm(640), weight, *same, True, True
+        ),
+        "bn_act_pwconv": lambda: product.build(wide, *norm(640), project, True),
+        "bn_act_pwconv_backward": lambda: product_backward.build(*through(x), wide, *norm(640), project, True, True),
+        "bn_act_stem": lambda: dense.build(image, *raw, stem, *two, True, True),
+        "bn_act_stem_backward": lambda: dense_backward.build(*through(first), image, *raw, stem, *two, False, True),
         "conv_bn_act": lambda: conv.build(
             _nhwc(64, 48, 64, 64), _nhwc(192, 48, 3, 3), channels(192), channels(192), *two, "relu"
         ),
@@ -98,6 +134,9 @@ def _launches(family: str) -> list[Launch]:
         ),
         "kv_downsample": lambda: kv.build(x, *down, *down, *two),
         "mqa": lambda: attention.build(_nhwc(64, 256, 16, 16), key, key, 4, 0.125),
+        "mqa_backward": lambda: attention_backward.build(
+            _nhwc(64, 256, 16, 16), _nhwc(64, 256, 16, 16), key, key, 4, 0.125
+        ),
         "mqa_projected": lambda: projected.build(
             x, _nhwc(256, 160, 1, 1), None, None, key, key, _nhwc(160, 256, 1, 1), channels(160), x, 4, 0.125
         ),
@@ -153,7 +192,8 @@ def test_the_depthwise_reads_sixteen_bytes_at_a_time_and_each_row_once_a_kernel_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 86, 90, 100])
-def test_every_config_of_the_twelve_models_neither_spills_nor_overflows(capability: int) -> None:
-    command = [sys.executable, str(BENCHMARKS / "gpu_offline.py"), "--capabilities", str(capability)]
+@pytest.mark.parametrize("options", [[], ["--train", "--batches", "8", "256"]], ids=["inference", "training"])
+def test_every_config_of_the_twelve_models_neither_spills_nor_overflows(capability: int, options: list[str]) -> None:
+    command = [sys.executable, str(BENCHMARKS / "gpu_offline.py"), "--capabilities", str(capability), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -102,7 +102,7 @@ def results_and_gradients(
     results = [result for result in (found if isinstance(found, tuple) else (found,)) if result.numel()]
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randn(result.shape, generator=generator, dtype=torch.float64) for result in results]
-    given = [weight.to(result.dtype) for weight, result in zip(weights, results, strict=True)]
+    given = [weight.to(result) for weight, result in zip(weights, results, strict=True)]
     grads = torch.autograd.grad(results, [arguments[index] for index in leaves], given)
     return [result.detach() for result in results], list(grads)
 
@@ -140,6 +140,18 @@ def assert_as_exact_as(mine: Any, theirs: Any, true: Any, dtype: torch.dtype = t
 def widened(arguments: list[Any]) -> list[Any]:
     """The same values in float64."""
     return [value.double() if isinstance(value, torch.Tensor) else value for value in arguments]
+
+
+def check(
+    op: Any, call: Training, dtype: torch.dtype = torch.float32, layout: str = "channels_last", centre: float = 0.5
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The results and gradients of `op`, once they are as exact as plain torch's."""
+    arguments = call.arguments(dtype, layout, centre=centre)
+    ours = results_and_gradients(op, arguments)
+    baseline = results_and_gradients(plain(call), arguments)
+    exact = results_and_gradients(plain(call), widened(arguments))
+    assert_as_exact_as(ours, baseline, exact, dtype)
+    return ours
 
 
 #: each edge once: channel tails, odd and oblong maps, maps of one pixel, kernels, paddings, every activation

@@ -20,8 +20,14 @@ from .tracing import constant_in_graphs
 
 #: op -> the module, below `mnv4_kernels.ops`, that implements it
 KERNELS = {
+    "bn_act": "bn_act.triton_bn_act",
+    "bn_act_backward": "bn_act.triton_bn_act_backward",
+    "bn_act_conv": "bn_act_conv.triton_bn_act_conv",
+    "bn_act_conv_backward": "bn_act_conv.triton_bn_act_conv_backward",
     "bn_act_dwconv": "bn_act_dwconv.triton_bn_act_dwconv",
     "bn_act_dwconv_backward": "bn_act_dwconv.triton_bn_act_dwconv_backward",
+    "bn_act_pwconv": "bn_act_pwconv.triton_bn_act_pwconv",
+    "bn_act_pwconv_backward": "bn_act_pwconv.triton_bn_act_pwconv_backward",
     "conv_bn_act": "conv_bn_act.triton_conv_bn_act",
     "conv_pwconv": "conv_pwconv.triton_conv_pwconv",
     "dwconv_bn_act": "dwconv_bn_act.triton_dwconv_bn_act",
@@ -29,6 +35,7 @@ KERNELS = {
     "head": "head.triton_head",
     "kv_downsample": "kv_downsample.triton_kv_downsample",
     "mqa": "mqa.triton_mqa",
+    "mqa_backward": "mqa.triton_mqa_backward",
     "mqa_projected": "mqa_projected.triton_mqa_projected",
     "pwconv_bn_act": "pwconv_bn_act.triton_pwconv_bn_act",
     "uib": "uib.triton_uib",
@@ -41,7 +48,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MINIMUM_CAPABILITY = (8, 0)
 
 #: widest key, value or head of the attention kernels
-MAX_DEPTH = {"kv_downsample": 256, "mqa": 128, "mqa_projected": 128}
+MAX_DEPTH = {"kv_downsample": 256, "mqa": 128, "mqa_backward": 128, "mqa_projected": 128}
 
 _OPS_PACKAGE = f"{__package__.rpartition('.')[0]}.ops"
 
@@ -78,6 +85,8 @@ def unsupported(op: str, arguments: tuple[Any, ...]) -> list[str]:
             found.append("`kv_downsample` has a Triton kernel for two depthwise convolutions or none, not for one")
     elif op == "mqa":
         widest = max(arguments[1].shape[2], arguments[2].shape[2])
+    elif op == "mqa_backward":
+        widest = max(arguments[2].shape[2], arguments[3].shape[2])
     elif op == "mqa_projected":
         widest = max(arguments[4].shape[2], arguments[5].shape[2])
     else:

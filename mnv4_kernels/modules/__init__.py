@@ -7,6 +7,7 @@ from .dropin import DropIn, leave_room, make_room, refresh
 from .network import HEAD, PRE_LOGITS, STEM, MobileNetV3FeaturesForward, MobileNetV3Forward, timm_stem
 from .plan import Body, Plan
 from .steps import Own
+from .training import TrainingPlan
 
 __all__ = [
     "HEAD",
@@ -23,6 +24,7 @@ __all__ = [
     "MultiQueryAttention2dForward",
     "Own",
     "Plan",
+    "TrainingPlan",
     "UniversalInvertedResidualForward",
     "leave_room",
     "leaves",

@@ -37,7 +37,7 @@ HEADS = "train mode: pool and classifier are timm's modules, the convolution bet
 EXPORTING_TRAINING = "torch.export in train mode traces timm's own path"
 COMPILING_GRADIENTS = "torch.compile with gradients enabled: the ops' graphs are made under torch.no_grad()"
 ONNX = "torch.onnx.export: ONNX has no such ops, timm's own path is exported"
-TRAINING_ON_GPU = "train mode on a GPU: the training ops run on cpu"
+COMPILING_TRAINING_GPU = "torch.compile of a model in train mode on a GPU traces timm's own path"
 EXPORTING_GPU = "torch.export of a model on a GPU traces timm's own path"
 TRACING = "torch.jit traces timm's own path"
 TRANSFORMED = "inside a torch.func transform or forward-mode AD"
@@ -78,8 +78,6 @@ class DropIn(nn.Module):
             obstacle = _input_obstacle(x)
             if obstacle:
                 return obstacle
-            if self.training and leaves.on_gpu(x):
-                return TRAINING_ON_GPU
         if torch._C._get_tracing_state() is not None:
             return TRACING
         if _transformed():
@@ -108,7 +106,7 @@ class DropIn(nn.Module):
             if key in self._mnv4_eval_only:
                 return None, HEADS
             training_plan = self._mnv4_training_plan(key)
-            return training_plan, training_plan.obstacle_of(x.dtype)
+            return training_plan, training_plan.obstacle_of(x.dtype, x.device)
         plan = self._mnv4_plan(key)
         obstacle = plan.obstacle or plan.switches.obstacle() or plan.watch.obstacle()
         if not obstacle and plan.dtype is not x.dtype:
@@ -124,7 +122,7 @@ class DropIn(nn.Module):
         if torch.compiler.is_compiling():
             if key in self._mnv4_eval_only or self._mnv4_obstacle(x):
                 return None
-            text = _training_text(self, key, x.dtype)
+            text = _training_text(self, key, x.dtype, x.device)
             return TracedPlan(self, text) if text else None
         plan, obstacle = self._mnv4_decide(x, key)
         return plan if isinstance(plan, TrainingPlan) and not obstacle else None
@@ -235,7 +233,7 @@ def _traced_obstacle(x: Any, training: bool) -> str:
         plain = x.dim() == 4 and x.is_cpu and x.dtype in leaves.DTYPES
         return AUTOCAST if torch.is_autocast_enabled("cpu") else "" if plain else _input_obstacle(x)
     if training and leaves.on_gpu(x):
-        return TRAINING_ON_GPU
+        return COMPILING_TRAINING_GPU
     # parameters are no inputs of the op: nothing would tell that they require gradients
     if torch.is_grad_enabled() and not training:
         return COMPILING_GRADIENTS
@@ -269,10 +267,10 @@ def _traceable(module: DropIn, key: str, dtype: torch.dtype, device: torch.devic
 
 
 @constant_in_graphs
-def _training_text(module: DropIn, key: str, dtype: torch.dtype) -> str:
+def _training_text(module: DropIn, key: str, dtype: torch.dtype, device: torch.device) -> str:
     """The piece `key` of `module` in train mode, for `TracedPlan`; empty where timm's own path must be traced."""
     plan = module._mnv4_training_plan(key)
-    return "" if plan.obstacle_of(dtype) else describe(plan)
+    return "" if plan.obstacle_of(dtype, device) else describe(plan)
 
 
 def _input_obstacle(x: Any) -> str:

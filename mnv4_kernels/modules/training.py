@@ -19,7 +19,7 @@ from .. import ops
 from ..backends import native
 from ..environment import Switches
 from ..ops import DIRECT
-from . import leaves
+from . import gpu, leaves
 from .multi_query import MultiQuery
 from .plan import Body
 from .steps import Convolution, Fused, Own, Step
@@ -98,7 +98,7 @@ class _Statistics:
 class TrainingPlan:
     """A body's steps, found once and kept while the modules are the same; tensors are read at each call."""
 
-    __slots__ = ("_drops", "body", "dtype", "obstacle", "switches", "watch")
+    __slots__ = ("_drops", "body", "device", "dtype", "obstacle", "switches", "watch")
 
     def __init__(self, body: Body) -> None:
         self.body = body
@@ -106,20 +106,29 @@ class TrainingPlan:
         self.switches = Switches(op for step in body.fused for op in training_ops(step))
         self.obstacle = "; ".join(dict.fromkeys(_obstacles(body)))
         modules = [module for step in body.fused for module in step.modules()]
-        self.dtype = next((module.weight.dtype for module in modules if isinstance(module, nn.Conv2d)), None)
+        weight = next((module.weight for module in modules if isinstance(module, nn.Conv2d)), None)
+        self.dtype = None if weight is None else weight.dtype
+        self.device = None if weight is None else weight.device
         self._drops = [module for module in modules if type(module) is nn.Dropout]
 
-    def obstacle_of(self, dtype: torch.dtype) -> str:
-        """Why timm's own path runs on an input of `dtype`; empty: it need not."""
+    def obstacle_of(self, dtype: torch.dtype, device: torch.device) -> str:
+        """Why timm's own path runs on an input of `dtype` on `device`; empty: it need not."""
         if self.obstacle or self.switches.obstacle():
             return self.obstacle or self.switches.obstacle()
         if self.watch.hooked() or self.watch.backward_hooked():
             return HOOKED
         if any(drop.training and drop.p > 0 for drop in self._drops):
             return "dropout inside attention"
-        if dtype != self.dtype and not torch.is_autocast_enabled("cpu"):
+        if dtype != self.dtype and not torch.is_autocast_enabled(device.type):
             return f"the input is {dtype}, the parameters are {self.dtype}"
+        if device != self.device:
+            return f"the input is on {device}, the parameters are on {self.device}"
         return ""
+
+    def titles(self) -> tuple[str, ...]:
+        """ "piece: op" of each training op, in order."""
+        found = [f"{step.name}: {op}" if step.name else op for step in self.body.fused for op in training_ops(step)]
+        return (*found, "bn_act") if self.body.residual else tuple(found)
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
         """The block's result; running statistics are updated."""
@@ -149,7 +158,7 @@ def advance(state: Pending, steps: Sequence[Step], residual: bool, drop_path: nn
     if not residual:
         return state
     keep = _keep(drop_path, state.x)
-    return Pending(_op("bn_act")(state.x, *state.norm, state.layer_scale, keep, x))
+    return Pending(_op("bn_act", state.x)(state.x, *state.norm, state.layer_scale, keep, x))
 
 
 def training_ops(step: Fused) -> tuple[str, ...]:
@@ -159,9 +168,9 @@ def training_ops(step: Fused) -> tuple[str, ...]:
     return ("bn_act_dwconv", "bn_act_pwconv", "mqa") if isinstance(step, MultiQuery) else ()
 
 
-def _op(name: str) -> Any:
-    """The op called `name`; under autocast and in graphs by way of the dispatcher, which casts and is traced."""
-    dispatched = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+def _op(name: str, x: torch.Tensor) -> Any:
+    """The op called `name` for maps where `x` is; under autocast and in graphs by way of the dispatcher."""
+    dispatched = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
     return getattr(ops, name) if dispatched else DIRECT[name]
 
 
@@ -171,7 +180,10 @@ _TRAINING_OPS = {"dwconv_bn_act": "bn_act_dwconv", "pwconv_bn_act": "bn_act_pwco
 def _obstacles(body: Body) -> list[str]:
     if not body.fused:
         return [step.reason for step in body.own] or ["nothing that an op computes"]
-    reasons = native.reasons()
+    weights = [module.weight for step in body.fused for module in step.modules() if isinstance(module, nn.Conv2d)]
+    reasons = [gpu.obstacle_of(body)] if any(map(leaves.on_gpu, weights)) else native.reasons()
+    if len({weight.device for weight in weights}) > 1:
+        reasons.append(f"parameters on {' and '.join(sorted({str(weight.device) for weight in weights}))}")
     for step in body.fused:
         if not training_ops(step):
             reasons.append(f"no training op computes the {step.name}")
@@ -179,14 +191,14 @@ def _obstacles(body: Body) -> list[str]:
             reasons += leaves.tensor_reasons(module)
             if isinstance(module, nn.Conv2d) and module.bias is not None:
                 reasons.append("a convolution with a bias")
-    return reasons
+    return list(filter(None, reasons))
 
 
 def written(state: Pending) -> torch.Tensor:
     """The map itself, in memory."""
     if state.is_map:
         return state.x
-    written: torch.Tensor = _op("bn_act")(state.x, *state.norm, state.layer_scale, None, None)
+    written: torch.Tensor = _op("bn_act", state.x)(state.x, *state.norm, state.layer_scale, None, None)
     return written
 
 
@@ -201,7 +213,7 @@ def _convolve(step: Convolution, state: Pending, statistics: _Statistics) -> Pen
         padding = leaves.static_padding(conv) or leaves.same_padding(conv, state.x.shape[2], state.x.shape[3])
         geometry = [list(conv.stride), padding, list(conv.dilation)]
     last = (step.channels_last,) if step.op == "conv_bn_act" else ()
-    z, mean, variance = _op(name)(state.x, *state.norm, conv.weight, *geometry, moments, *last)
+    z, mean, variance = _op(name, state.x)(state.x, *state.norm, conv.weight, *geometry, moments, *last)
     gamma = None if step.layer_scale is None else step.layer_scale.gamma
     return Pending(z, _normalisation(norm, z, mean, variance, step.act_name, statistics), gamma)  # type: ignore[arg-type]
 
@@ -229,13 +241,13 @@ def _attend(step: MultiQuery, x: torch.Tensor, statistics: _Statistics) -> Pendi
     query = _project(state, attention.query.proj)
     key = _rows(_path(state, attention.key, statistics))
     value = _rows(_path(state, attention.value, statistics))
-    y = _op("mqa")(query, key, value, attention.num_heads, step.scale)
+    y = _op("mqa", query)(query, key, value, attention.num_heads, step.scale)
     gamma = None if step.layer_scale is None else step.layer_scale.gamma
     return Pending(_project(Pending(y), attention.output.proj), _NOTHING, gamma)  # type: ignore[arg-type]
 
 
 def _project(state: Pending, conv: nn.Conv2d) -> torch.Tensor:
-    projected: torch.Tensor = _op("bn_act_pwconv")(state.x, *state.norm, conv.weight, False)[0]
+    projected: torch.Tensor = _op("bn_act_pwconv", state.x)(state.x, *state.norm, conv.weight, False)[0]
     return projected
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import tables
 from ..backends import native
-from ..modules import HEAD, PRE_LOGITS, STEM, Body, DropIn, gpu, leaves
+from ..modules import HEAD, PRE_LOGITS, STEM, DropIn, Plan, TrainingPlan, gpu, leaves
 from ..modules.head import Head
 from .rules import rule_of
 
@@ -120,13 +120,16 @@ def _explain(module: nn.Module, piece: str, title: str, cls: str, x: Any) -> Exp
     if plan is None or obstacle:
         inner = " (drop-ins inside decide for themselves)" if piece not in (STEM, HEAD, PRE_LOGITS) else ""
         return Explanation(title, cls, shape, (), "torch", f"{obstacle}{inner}")
-    kernel, missing, steps = _kernel(plan.body, x)
+    kernel, missing, steps = _kernel(plan, x)
     kept = "; ".join(f"{step.name} by timm's module: {step.reason}" for step in plan.body.own)
     return Explanation(title, cls, shape, steps, kernel, "; ".join(filter(None, (kept, missing))))
 
 
-def _kernel(body: Body, x: torch.Tensor) -> tuple[str, str, tuple[str, ...]]:
+def _kernel(plan: Plan | TrainingPlan, x: torch.Tensor) -> tuple[str, str, tuple[str, ...]]:
     """(who computes the ops, what keeps a better kernel from running, "piece: op" of each)."""
+    if isinstance(plan, TrainingPlan):
+        return (("Triton", "") if leaves.on_gpu(x) else _library()) + (plan.titles(),)
+    body = plan.body
     if leaves.on_gpu(x) and not isinstance(body.fused[0], Head):
         titles, decisions = gpu.explain(body, x)
         return "Triton", "; ".join(line.strip() for text in decisions for line in text.splitlines()), tuple(titles)

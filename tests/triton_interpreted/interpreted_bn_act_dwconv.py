@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from training import CALLS, Training, assert_as_exact_as, plain, results_and_gradients, widened
+from gpus import by_kernels, launched
+from training import CALLS, Training, check, plain
 
 from mnv4_kernels.ops._contract import FORMULAS, differentiable_by
 from mnv4_kernels.ops.bn_act_dwconv import triton_bn_act_dwconv as forward
@@ -21,27 +21,18 @@ from mnv4_kernels.ops.layout import is_channels_last
 
 DEPTHWISE = [call for call in CALLS if call.op == "bn_act_dwconv"]
 
-by_kernels = differentiable_by(forward.bn_act_dwconv, backward.bn_act_dwconv_backward, FORMULAS["bn_act_dwconv"])
-
-
-def check(call: Training, dtype: torch.dtype, layout: str, op: Any = by_kernels, centre: float = 0.5) -> Any:
-    arguments = call.arguments(dtype, layout, centre=centre)
-    ours = results_and_gradients(op, arguments)
-    baseline = results_and_gradients(plain(call), arguments)
-    exact = results_and_gradients(plain(call), widened(arguments))
-    assert_as_exact_as(ours, baseline, exact, dtype)
-    return ours
+OP = by_kernels("bn_act_dwconv")
 
 
 @pytest.mark.parametrize("call", DEPTHWISE, ids=str)
 def test_results_and_gradients_are_as_exact_as_plain_torch(call: Training) -> None:
-    check(call, torch.float32, "channels_last")
+    check(OP, call)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "permuted"])
 def test_results_and_gradients_lie_in_memory_as_the_input_does(layout: str) -> None:
     call = DEPTHWISE[3]
-    (z, *_), (dx, *_) = check(call, torch.bfloat16, layout)
+    (z, *_), (dx, *_) = check(OP, call, torch.bfloat16, layout)
     nhwc = is_channels_last(call.arguments(layout=layout)[0])
     memory_format = torch.channels_last if nhwc else torch.contiguous_format
     assert z.is_contiguous(memory_format=memory_format)
@@ -50,11 +41,11 @@ def test_results_and_gradients_lie_in_memory_as_the_input_does(layout: str) -> N
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_keeps_float32_sums(dtype: torch.dtype) -> None:
-    check(DEPTHWISE[4], dtype, "channels_last")
+    check(OP, DEPTHWISE[4], dtype)
 
 
 def test_a_mean_far_from_zero_costs_no_digits() -> None:
-    check(Training("bn_act_dwconv", 16, (12, 12), act="none"), torch.float32, "channels_last", centre=100.0)
+    check(OP, Training("bn_act_dwconv", 16, (12, 12), act="none"), centre=100.0)
 
 
 @pytest.mark.parametrize("int64", [False, True])
@@ -62,21 +53,13 @@ def test_a_mean_far_from_zero_costs_no_digits() -> None:
     ("rows", "columns", "positions", "channels"), [(1, 1, 1, 16), (3, 8, 16, 32), (8, 64, 256, 64)]
 )
 def test_every_tile_gives_the_same(rows: int, columns: int, positions: int, channels: int, int64: bool) -> None:
-    def forward_op(*arguments: Any) -> Any:
-        result, launches = forward.build(*arguments, DepthwiseConfig(4, 1, rows, columns, channels), int64)
-        for launch in launches:
-            launch.run()
-        return result
-
-    def backward_op(*arguments: Any) -> Any:
-        result, launches = backward.build(*arguments, PositionsConfig(4, 1, positions, channels), int64)
-        for launch in launches:
-            launch.run()
-        return result
-
     call = Training("bn_act_dwconv", 24, (5, 4), kernel=(5, 5), stride=2, padding=(2, 2, 2, 2), act="silu")
-    op = differentiable_by(forward_op, backward_op, FORMULAS["bn_act_dwconv"])
-    check(call, torch.float32, "channels_last", op)
+    op = differentiable_by(
+        launched(forward.build, DepthwiseConfig(4, 1, rows, columns, channels), int64),
+        launched(backward.build, PositionsConfig(4, 1, positions, channels), int64),
+        FORMULAS["bn_act_dwconv"],
+    )
+    check(op, call)
 
 
 @pytest.mark.slow
@@ -91,19 +74,10 @@ def test_more_parts_than_one_launch_joins_are_joined_in_several() -> None:
     saved = (z, vector, vector, z, vector, z, *arguments[1:11], True, True)
     assert len(backward.build(*saved, backward_tile)[1]) == 4
 
-    def run(build: Any, tile: Any) -> Any:
-        def op(*given: Any) -> Any:
-            result, launches = build(*given, tile)
-            for launch in launches:
-                launch.run()
-            return result
-
-        return op
-
     op = differentiable_by(
-        run(forward.build, forward_tile), run(backward.build, backward_tile), FORMULAS["bn_act_dwconv"]
+        launched(forward.build, forward_tile), launched(backward.build, backward_tile), FORMULAS["bn_act_dwconv"]
     )
-    check(call, torch.float32, "channels_last", op)
+    check(op, call)
 
 
 @pytest.mark.parametrize("needs", [(True, False), (False, True)])

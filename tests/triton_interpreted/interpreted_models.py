@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gpus import interpret
 from models import HYBRID, SMALL, assert_patched_is_as_exact, create, images
+from training_models import assert_trains_alike, smooth
 
 import mnv4_kernels as mk
 
@@ -52,3 +53,10 @@ def test_explain_names_the_gates_choice_and_what_it_declined() -> None:
     assert row.steps == ("dw_start + pw_exp + dw_mid + pw_proj: uib",)
     assert "predicted" in row.reason
     assert "not unfused" in row.reason or row.reason.startswith("unfused")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [SMALL, HYBRID])
+def test_training_matches_eager(name: str) -> None:
+    # the kernels are called as functions here, which no dispatcher sees
+    assert_trains_alike(smooth(name), images(2, 3, 48, 48), used=False)

@@ -8,18 +8,15 @@ import torch
 import triton
 import triton.language as tl
 
-from ..gpu.config import Config, PositionsConfig
-from ..gpu.launch import Launch, cdiv, channel_vector, in_format, needs_int64, next_power_of_2, nhwc, tap_major
-from ..gpu.normalise import activate_backward, normalisation, normalised, result_gradient
-from ..gpu.reduction import join_sums
+from ..gpu.config import PositionsConfig
+from ..gpu.launch import Launch, cdiv, channel_vector, in_format, needs_int64, nhwc, tap_major
+from ..gpu.normalise import activate_backward, normalisation, normalised, result_gradient, through_moments
+from ..gpu.reduction import finish, join_sums
 from ..gpu.select import depthwise_backward_config
 from ..layout import memory_format_of
 from .reference import backward_reference
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-
-#: channels of one program of the last launch, whose work is a few rows
-_CHANNELS = 32
 
 
 @triton.jit
@@ -76,13 +73,7 @@ def _bn_act_dwconv_bwd_kernel(
     o_ih = (o_p // width) % height
     o_image = (o_p // width) // height * out_h
     b_mean, b_slope, b_beta = normalisation(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, o_c, m_c)
-    b_through_mean = tl.zeros([BLOCK_C], tl.float32)
-    b_through_var = tl.zeros([BLOCK_C], tl.float32)
-    b_z_mean = tl.zeros([BLOCK_C], tl.float32)
-    if z_ptr is not None:
-        b_through_mean = tl.load(grad_mean_ptr + o_c, mask=m_c, other=0.0).to(tl.float32) / count
-        b_through_var = tl.load(grad_var_ptr + o_c, mask=m_c, other=0.0).to(tl.float32) * (2.0 / count)
-        b_z_mean = tl.load(z_mean_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
+    b_z_mean, b_by_mean, b_by_var = through_moments(grad_mean_ptr, grad_var_ptr, z_mean_ptr, count, o_c, m_c)
     o_x = o_p[:, None] * channels + o_c[None, :]
     b_x = tl.load(x_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
     b_a = normalised(b_x, b_mean, b_slope, b_beta, m_x, ACT)
@@ -97,7 +88,7 @@ def _bn_act_dwconv_bwd_kernel(
         m_z = m_z & (oh * STRIDE_H == top) & (ow * STRIDE_W == left)
         o_z = (((o_image + oh) * out_w + ow) * channels)[:, None] + o_c[None, :]
         m_z2 = m_z[:, None] & m_c[None, :]
-        b_grad = result_gradient(grad_ptr, z_ptr, o_z, m_z2, b_through_mean, b_through_var, b_z_mean)
+        b_grad = result_gradient(grad_ptr, z_ptr, o_z, m_z2, b_by_mean, b_by_var, b_z_mean)
         if NEED_WEIGHT:
             tl.store(p_partial + tap * channels, tl.sum(b_grad * b_a, 0), mask=m_c)
         if dx_ptr is not None:
@@ -112,48 +103,6 @@ def _bn_act_dwconv_bwd_kernel(
             p_sums = p_partial + (rows - 2) * channels
             tl.store(p_sums, tl.sum(b_d, 0), mask=m_c)
             tl.store(p_sums + channels, tl.sum(b_d * b_centred, 0), mask=m_c)
-
-
-@triton.jit
-def _finish_kernel(
-    sums_ptr,  # [rows, C]
-    var_ptr,  # [C] or None
-    gamma_ptr,  # [C] or None
-    dmean_ptr,  # [C] or None
-    dvar_ptr,  # [C] or None
-    dgamma_ptr,  # [C] or None
-    dbeta_ptr,  # [C] or None
-    dweight_ptr,  # [C, taps] or None
-    eps,
-    rows,
-    channels,
-    TAPS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """From sums over pixels to the gradients of weight, mean, variance, gamma and beta."""
-    o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = o_c < channels
-    if dweight_ptr is not None:
-        o_t = tl.arange(0, BLOCK_T)
-        m_w = (o_t < TAPS)[:, None] & m_c[None, :]
-        b_w = tl.load(sums_ptr + o_t[:, None] * channels + o_c[None, :], mask=m_w, other=0.0)
-        p_w = dweight_ptr + o_c[None, :] * TAPS + o_t[:, None]
-        tl.store(p_w, b_w.to(dweight_ptr.dtype.element_ty), mask=m_w)
-    if dmean_ptr is not None:
-        b_rstd = tl.rsqrt(tl.load(var_ptr + o_c, mask=m_c, other=1.0).to(tl.float32) + eps)
-        b_slope = b_rstd
-        if gamma_ptr is not None:
-            b_slope = b_rstd * tl.load(gamma_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
-        b_total = tl.load(sums_ptr + (rows - 2) * channels + o_c, mask=m_c, other=0.0)
-        b_spread = tl.load(sums_ptr + (rows - 1) * channels + o_c, mask=m_c, other=0.0)
-        tl.store(dmean_ptr + o_c, (-b_slope * b_total).to(dmean_ptr.dtype.element_ty), mask=m_c)
-        b_dvar = -0.5 * b_slope * b_rstd * b_rstd * b_spread
-        tl.store(dvar_ptr + o_c, b_dvar.to(dvar_ptr.dtype.element_ty), mask=m_c)
-        if dgamma_ptr is not None:
-            tl.store(dgamma_ptr + o_c, (b_rstd * b_spread).to(dgamma_ptr.dtype.element_ty), mask=m_c)
-        if dbeta_ptr is not None:
-            tl.store(dbeta_ptr + o_c, b_total.to(dbeta_ptr.dtype.element_ty), mask=m_c)
 
 
 def build(
@@ -230,14 +179,8 @@ def build(
     if rows == 0:
         return result, [launch]  # type: ignore[return-value]
     sums, joins = join_sums(partial)
-    finish = Launch(
-        kernel=_finish_kernel,
-        grid=(cdiv(channels, _CHANNELS),),
-        arguments=(sums, var, gamma, *vectors, dweight, eps, rows, channels),
-        constants={"TAPS": taps, "BLOCK_T": next_power_of_2(taps), "BLOCK_C": _CHANNELS},
-        config=Config(warps=4, stages=1),
-    )
-    return result, [launch, *joins, finish]  # type: ignore[return-value]
+    last = finish(sums, var, gamma, vectors, dweight, eps, taps)
+    return result, [launch, *joins, last]  # type: ignore[return-value]
 
 
 def bn_act_dwconv_backward(

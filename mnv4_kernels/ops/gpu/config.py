@@ -62,10 +62,20 @@ class PoolConfig(Config):
 
 @dataclass(frozen=True)
 class PositionsConfig(Config):
-    """Tile of a backward over pixels: `positions` of them at a time, `channels` wide."""
+    """Tile of a pass over pixels: `positions` of them at a time, `channels` wide."""
 
     positions: int
     channels: int
+
+
+@dataclass(frozen=True)
+class SplitConfig(Config):
+    """Tile of a weight's gradient [block_n, block_k]; `parts` programs share the pixels, `block_m` at a time."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    parts: int
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
@@ -73,7 +83,15 @@ AnyConfig = TypeVar("AnyConfig", bound=Config)
 #: Name in a tuned file -> class.
 CONFIGS: dict[str, type[Config]] = {
     cls.__name__: cls
-    for cls in (DepthwiseConfig, GemmConfig, DepthwiseGemmConfig, AttentionConfig, PoolConfig, PositionsConfig)
+    for cls in (
+        DepthwiseConfig,
+        GemmConfig,
+        DepthwiseGemmConfig,
+        AttentionConfig,
+        PoolConfig,
+        PositionsConfig,
+        SplitConfig,
+    )
 }
 
 

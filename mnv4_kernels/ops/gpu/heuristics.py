@@ -6,7 +6,17 @@ arithmetic on tiles, not from timings; a tuned file overrides every one of them.
 
 from __future__ import annotations
 
-from .config import AttentionConfig, DepthwiseConfig, DepthwiseGemmConfig, GemmConfig, PoolConfig, PositionsConfig
+from dataclasses import replace
+
+from .config import (
+    AttentionConfig,
+    DepthwiseConfig,
+    DepthwiseGemmConfig,
+    GemmConfig,
+    PoolConfig,
+    PositionsConfig,
+    SplitConfig,
+)
 from .launch import cdiv, next_power_of_2
 
 #: Multiprocessors and compute capability of the device that is assumed where none can be asked.
@@ -126,6 +136,53 @@ def gemm(
     return GemmConfig(warps=warps, stages=stages, block_m=block_m, block_n=block_n, block_k=block_k)
 
 
+def training_gemm(
+    m: int,
+    n: int,
+    k: int,
+    element_size: int,
+    multiprocessors: int = DEFAULT_MULTIPROCESSORS,
+    capability: int = DEFAULT_CAPABILITY,
+    taps: int = 1,
+    backward: bool = False,
+) -> GemmConfig:
+    """As `gemm`, with at most 128 columns: an operand passes through registers on its way to being formed.
+
+    On the way back two maps form it and the epilogue reads a third: 128 x 128 spill, and 128 x 64 with four warps.
+    """
+    config = gemm(m, n, k, element_size, multiprocessors, capability, taps)
+    block_m, block_n = config.block_m, min(config.block_n, 128)
+    if backward and block_n == 128:
+        block_m = min(block_m, 64)
+    warps = 8 if block_m * block_n >= 128 * 64 else 4
+    return replace(
+        config, block_m=block_m, block_n=block_n, block_k=min(config.block_k, 128 // element_size), warps=warps
+    )
+
+
+def split(
+    m: int,
+    outputs: int,
+    columns: int,
+    element_size: int,
+    multiprocessors: int = DEFAULT_MULTIPROCESSORS,
+    taps: int = 1,
+) -> SplitConfig:
+    """Two programs a multiprocessor share the pixels; each takes eight blocks or more, since parts are joined."""
+    block_n = max(16, min(128, next_power_of_2(outputs)))
+    block_k = max(16, min(64, next_power_of_2(columns)))
+    block_m = 128 // element_size
+    tiles = cdiv(outputs, block_n) * cdiv(columns, block_k) * taps
+    parts = max(1, min(cdiv(2 * multiprocessors, tiles), cdiv(m, 8 * block_m)))
+    return SplitConfig(warps=4, stages=2, block_m=block_m, block_n=block_n, block_k=block_k, parts=parts)
+
+
+def positions(channels: int, sums: bool) -> PositionsConfig:
+    """Eight elements a lane; sixteen where a tile writes a row of each of its sums, which fewer tiles make fewer of."""
+    block, warps = channel_block(channels), 4
+    return PositionsConfig(warps=warps, stages=1, positions=warps * 32 * (16 if sums else 8) // block, channels=block)
+
+
 def depthwise_gemm(
     shape: tuple[int, ...],  # N, C, OH, OW of the depthwise convolution
     n: int,
@@ -231,6 +288,22 @@ def attention(
     block_queries = 64 if block_keys * element_size <= 256 else 32
     tiles = 1
     while tiles < 8 and batch * cdiv(queries, block_queries * tiles * 2) >= 2 * multiprocessors:
+        tiles *= 2
+    return AttentionConfig(warps=4, stages=1, queries=block_queries, tiles=tiles, keys=block_keys)
+
+
+def attention_backward(
+    queries: int,
+    keys: int,
+    batch: int,
+    element_size: int,
+    multiprocessors: int = DEFAULT_MULTIPROCESSORS,
+) -> AttentionConfig:
+    """Keys pass in blocks of 64: two of them with their gradients, scores and their derivative are alive at once."""
+    block_keys = max(16, min(64, next_power_of_2(keys)))
+    block_queries = 64 if element_size == 2 else 32
+    tiles = 1
+    while tiles < 64 and batch * cdiv(keys, block_keys) * cdiv(queries, block_queries * tiles * 2) >= multiprocessors:
         tiles *= 2
     return AttentionConfig(warps=4, stages=1, queries=block_queries, tiles=tiles, keys=block_keys)
 

@@ -60,13 +60,23 @@ def activate_backward(grad, x, ACT: tl.constexpr):
 
 
 @triton.jit
-def result_gradient(grad_ptr, z_ptr, o_z, mask, b_through_mean, b_through_var, b_z_mean):
-    """The whole gradient of a convolution's result at the offsets `o_z`: directly and, with `z_ptr`, by its moments.
+def through_moments(grad_mean_ptr, grad_var_ptr, z_mean_ptr, count, o_c, m_c):
+    """(mean of z, grad_mean / count, 2 * grad_var / count) [C], float32; zeros where nobody uses the moments."""
+    b_z_mean = tl.zeros([o_c.shape[0]], tl.float32)
+    b_by_mean = tl.zeros([o_c.shape[0]], tl.float32)
+    b_by_var = tl.zeros([o_c.shape[0]], tl.float32)
+    if z_mean_ptr is not None:
+        b_z_mean = tl.load(z_mean_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
+        b_by_mean = tl.load(grad_mean_ptr + o_c, mask=m_c, other=0.0).to(tl.float32) / count
+        b_by_var = tl.load(grad_var_ptr + o_c, mask=m_c, other=0.0).to(tl.float32) * (2.0 / count)
+    return b_z_mean, b_by_mean, b_by_var
 
-    `b_through_mean` is grad_mean / n and `b_through_var` 2 * grad_var / n, both [C].
-    """
+
+@triton.jit
+def result_gradient(grad_ptr, z_ptr, o_z, mask, b_by_mean, b_by_var, b_z_mean):
+    """The gradient of a convolution's result at the offsets `o_z`: directly and, with `z_ptr`, by its moments."""
     b_grad = tl.load(grad_ptr + o_z, mask=mask, other=0.0).to(tl.float32)
     if z_ptr is not None:
         b_centred = tl.load(z_ptr + o_z, mask=mask, other=0.0).to(tl.float32) - b_z_mean[None, :]
-        b_grad += b_through_mean[None, :] + b_through_var[None, :] * b_centred
+        b_grad += b_by_mean[None, :] + b_by_var[None, :] * b_centred
     return tl.where(mask, b_grad, 0.0)

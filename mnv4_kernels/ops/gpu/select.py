@@ -21,6 +21,7 @@ from .config import (
     GemmConfig,
     PoolConfig,
     PositionsConfig,
+    SplitConfig,
 )
 from .traffic import Ceilings
 
@@ -58,7 +59,8 @@ def _forget() -> None:
     choices: tuple[Any, ...] = (
         _device, depthwise_config, gemm_config, depthwise_gemm_config, conv_pair_config, expand_project_config,
         kv_config, attention_config, projected_attention_config, pool_config, training_depthwise_config,
-        depthwise_backward_config, ceilings,
+        depthwise_backward_config, training_gemm_config, split_config, positions_config, attention_backward_config,
+        ceilings,
     )  # fmt: skip
     for choice in choices:
         choice.cache_clear()
@@ -274,4 +276,58 @@ def depthwise_backward_config(
         device,
         f"bn_act_dwconv_backward/{dtype_name(dtype)}/{'x'.join(map(str, shape))}/k{kernel[0]}s{stride[0]}",
         lambda: heuristics.depthwise_backward(shape[1]),
+    )
+
+
+@lru_cache(maxsize=4096)
+def training_gemm_config(
+    op: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, taps: int = 1
+) -> GemmConfig:
+    """Config of an [m, k] x [k, n] product of the training op `op`, with `taps` reductions of length k."""
+    return _choose(
+        GemmConfig,
+        device,
+        f"{op}/{dtype_name(dtype)}/m{m}n{n}k{k}t{taps}",
+        lambda: heuristics.training_gemm(
+            m, n, k, dtype.itemsize, *_device(device)[1:], taps=taps, backward=op.endswith("_backward")
+        ),
+    )
+
+
+@lru_cache(maxsize=4096)
+def split_config(
+    op: str, m: int, outputs: int, columns: int, dtype: torch.dtype, device: torch.device, taps: int = 1
+) -> SplitConfig:
+    """Config of a weight's gradient [outputs, columns], `taps` of them, as sums over m pixels."""
+    return _choose(
+        SplitConfig,
+        device,
+        f"{op}/{dtype_name(dtype)}/weight/m{m}n{outputs}k{columns}t{taps}",
+        lambda: heuristics.split(m, outputs, columns, dtype.itemsize, _device(device)[1], taps),
+    )
+
+
+@lru_cache(maxsize=4096)
+def positions_config(
+    op: str, positions: int, channels: int, dtype: torch.dtype, device: torch.device
+) -> PositionsConfig:
+    """Config of `bn_act` and its backward over `positions` pixels of all images."""
+    return _choose(
+        PositionsConfig,
+        device,
+        f"{op}/{dtype_name(dtype)}/p{positions}c{channels}",
+        lambda: heuristics.positions(channels, op.endswith("_backward")),
+    )
+
+
+@lru_cache(maxsize=4096)
+def attention_backward_config(
+    queries: int, keys: int, depth: int, batch: int, dtype: torch.dtype, device: torch.device
+) -> AttentionConfig:
+    """Config of `mqa_backward` over `queries` rows (positions times heads) and `keys` keys of one image."""
+    return _choose(
+        AttentionConfig,
+        device,
+        f"mqa_backward/{dtype_name(dtype)}/b{batch}q{queries}p{keys}d{depth}",
+        lambda: heuristics.attention_backward(queries, keys, batch, dtype.itemsize, _device(device)[1]),
     )

@@ -33,6 +33,7 @@ from .config import (
     GemmConfig,
     PoolConfig,
     PositionsConfig,
+    SplitConfig,
 )
 from .launch import Launch
 from .select import forced
@@ -101,6 +102,13 @@ def candidates(config: Config) -> list[Config]:
             for positions, channels, warps in blocks_of_positions
             if 4 <= positions * channels // (32 * warps) <= 32
         )
+    elif isinstance(config, SplitConfig):
+        blocks_of_weight = product((32, 64), (64, 128), (32, 64, 128), (1, 2, 4))
+        found = (
+            SplitConfig(8 if block_n * block_k >= 128 * 128 else 4, 2, block_m, block_n, block_k, parts)
+            for block_m, block_n, block_k, factor in blocks_of_weight
+            for parts in {max(1, config.parts // factor), config.parts * factor}
+        )
     else:
         found = (PoolConfig(4, 1, positions, channels) for positions, channels in product((4, 8, 16, 32), (16, 32, 64)))
     return [config, *(other for other in found if other != config)]
@@ -119,6 +127,7 @@ _STEPS = {
     "tiles": (1, 16),
     "keys": (16, 512),
     "positions": (2, 64),
+    "parts": (1, 1024),
 }
 
 

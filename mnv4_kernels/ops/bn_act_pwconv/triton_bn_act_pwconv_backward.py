@@ -1,0 +1,67 @@
+"""Launcher of `bn_act_pwconv_backward`: `bn_act_conv_backward`'s kernels with one tap."""
+
+from __future__ import annotations
+
+import torch
+
+from ..bn_act_conv import triton_bn_act_conv_backward as dense
+from ..gpu.config import GemmConfig, SplitConfig
+from ..gpu.launch import Launch, in_format
+from ..layout import memory_format_of
+from .reference import GEOMETRY, backward_reference
+
+
+def build(
+    grad: torch.Tensor,  # [N, K, H, W]
+    grad_mean: torch.Tensor | None,  # [K]
+    grad_var: torch.Tensor | None,  # [K]
+    z: torch.Tensor | None,  # [N, K, H, W]
+    z_mean: torch.Tensor | None,  # [K]
+    x: torch.Tensor,  # [N, C, H, W]
+    mean: torch.Tensor | None,  # [C]
+    var: torch.Tensor | None,  # [C]
+    gamma: torch.Tensor | None,  # [C]
+    beta: torch.Tensor | None,  # [C]
+    eps: float,
+    act: str,
+    weight: torch.Tensor,  # [K, C, 1, 1]
+    need_input: bool,
+    need_weight: bool,
+    config: GemmConfig | None = None,
+    split: SplitConfig | None = None,
+    int64: bool | None = None,
+) -> tuple[dense.Gradients, list[Launch]]:
+    """(dx in channels_last memory, dmean, dvar, dgamma, dbeta, dweight), not yet written, and the launches."""
+    return dense.build(
+        grad, grad_mean, grad_var, z, z_mean, x, mean, var, gamma, beta, eps, act, weight, *GEOMETRY, need_input,
+        need_weight, config, split, int64, "bn_act_pwconv_backward",
+    )  # fmt: skip
+
+
+def bn_act_pwconv_backward(
+    grad: torch.Tensor,
+    grad_mean: torch.Tensor | None,
+    grad_var: torch.Tensor | None,
+    z: torch.Tensor | None,
+    z_mean: torch.Tensor | None,
+    x: torch.Tensor,
+    mean: torch.Tensor | None,
+    var: torch.Tensor | None,
+    gamma: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    eps: float,
+    act: str,
+    weight: torch.Tensor,
+    need_input: bool,
+    need_weight: bool,
+) -> tuple[torch.Tensor, ...]:
+    """CUDA implementation of the op; maps are converted to NHWC, and dx goes back to x's format."""
+    arguments = (
+        grad, grad_mean, grad_var, z, z_mean, x, mean, var, gamma, beta, eps, act, weight, need_input, need_weight,
+    )  # fmt: skip
+    if x.numel() == 0:
+        return backward_reference(*arguments)
+    (dx, *others), launches = build(*arguments)
+    for launch in launches:
+        launch.run()
+    return (in_format(dx, memory_format_of(x)) if need_input else dx, *others)
