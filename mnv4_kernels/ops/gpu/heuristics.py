@@ -305,7 +305,8 @@ def attention_backward(
     tiles = 1
     while tiles < 64 and batch * cdiv(keys, block_keys) * cdiv(queries, block_queries * tiles * 2) >= multiprocessors:
         tiles *= 2
-    return AttentionConfig(warps=4, stages=1, queries=block_queries, tiles=tiles, keys=block_keys)
+    # four warps spill on sm_80
+    return AttentionConfig(warps=8, stages=1, queries=block_queries, tiles=tiles, keys=block_keys)
 
 
 def projected_attention(
