@@ -383,7 +383,7 @@ PYTEST = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider")
 
 
 #: what holds the tests marked `gpu`
-GPU_TESTS = ("test_triton_gpu.py", "test_gpu_models.py")
+GPU_TESTS = ("test_triton_gpu.py", "test_gpu_models.py", "test_triton_gpu_training.py")
 
 
 def tests(work: Work) -> Rows:
