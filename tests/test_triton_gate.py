@@ -25,6 +25,7 @@ from mnv4_kernels.ops.gpu.config import (
     GemmConfig,
     PoolConfig,
     PositionsConfig,
+    SplitConfig,
     from_json,
     to_json,
 )
@@ -199,6 +200,7 @@ def test_time_is_that_of_the_slowest_level_and_grows_where_the_device_idles() ->
         AttentionConfig(4, 1, 64, 2, 64),
         PoolConfig(4, 1, 16, 64),
         PositionsConfig(4, 1, 64, 32),
+        SplitConfig(4, 1, 64, 32, 32, 8),
     ],
 )
 def test_every_config_survives_a_file(config: object) -> None:
