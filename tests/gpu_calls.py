@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from gpu_shapes import Call as Example
 from gpu_shapes import blocks, calls
 
+from mnv4_kernels.backends.cuda import KERNELS
 from mnv4_kernels.ops.gpu import tune
 from mnv4_kernels.testing import CASES, FUSED, Case
 
@@ -64,7 +65,7 @@ _DEPTHWISE = [call for call in CALLS if call.op == "bn_act_dwconv"][:2]
 
 #: name -> draws a small call of a kernel, for a dtype and a device
 SMALL_CALLS: dict[str, Draw] = {
-    **{str(case): partial(_drawn, case) for case in (*_two_of_each(CASES), *FUSED)},
+    **{str(case): partial(_drawn, case) for case in (*_two_of_each(CASES), *FUSED) if case.op in KERNELS},
     **{str(call): partial(_trained, call) for call in _DEPTHWISE},
     **{f"{call}_backward": partial(_trained_back, call) for call in _DEPTHWISE},
 }
