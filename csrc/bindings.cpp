@@ -12,6 +12,7 @@
 #include "engine/program.h"
 #include "kernels/gemm/gemm.h"
 #include "kernels/peak/peak.h"
+#include "ops/free.h"
 #include "ops/fresh.h"
 #include "test_access.h"
 
@@ -78,6 +79,7 @@ PYBIND11_MODULE(_C, m) {
       "engine_most_images", [] { return mnv4::engine::kMostImages; }, "Images that one plan takes at a time at most.");
   m.def("fill_fresh_memory", &mnv4::fill_fresh_memory, py::arg("on"),
         "While on, what the ops allocate begins as NaN, process-wide.");
+  m.def("engine_free", &mnv4::engine_free, py::arg("handle"), "Frees the engine `handle`, if it is one.");
   m.def("engine_bytes", &mnv4::engine::Memory::total, "Bytes that all engines of the process hold.");
   py::module_ microkernels = m.def_submodule("microkernels", "Single kernels of the lists, for tests.");
   mnv4::test_access::define(microkernels);

@@ -8,7 +8,7 @@ import json
 import os
 import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +17,8 @@ import torch
 from engines import assert_twice_as_exact_as_eager, batches, needs_engine
 from models import HYBRID, SMALL, create, images, tensors_of
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, PythonKeyTracer, make_fx
 
 import mnv4_kernels as mk
 from mnv4_kernels.backends import native
@@ -157,6 +159,28 @@ class TestInputs:
         (part,) = small.parts
         with pytest.raises(RuntimeError, match=r"`x` must have .*channels"):
             part(images(1, 8, 64, 64))
+
+
+def assert_freed(held: list[Any], before: int) -> None:
+    """Drops what `held` holds: all engines hold `before` bytes afterwards."""
+    held.clear()
+    assert engine_bytes() == before
+
+
+def _traced(call: Callable[[], None]) -> None:
+    graph = make_fx(lambda x: (call(), x + 1)[1])(images()).graph
+    assert not [node for node in graph.nodes if "mnv4" in str(node.target)]
+
+
+def _about_to_be_traced(call: Callable[[], None]) -> None:
+    # a tracer has no graph yet when its modes begin
+    with ProxyTorchDispatchMode(PythonKeyTracer(), "symbolic"):
+        call()
+
+
+def _faked(call: Callable[[], None]) -> None:
+    with FakeTensorMode(), torch.device("meta"):
+        call()
 
 
 def squeezed(**options: Any) -> nn.Module:
@@ -315,6 +339,13 @@ class TestMemory:
         assert engine_bytes() > before + weights
         del fast
         assert engine_bytes() == before
+
+    @pytest.mark.parametrize("trace", [_traced, _about_to_be_traced, _faked])
+    def test_an_engine_collected_under_a_tracer_is_freed(self, trace: Callable[[Callable[[], None]], None]) -> None:
+        before = engine_bytes()
+        held = [mk.optimize(create(SMALL))]
+        assert engine_bytes() > before
+        trace(lambda: assert_freed(held, before))
 
     def test_info_tells_what_engines_hold(self, capsys: pytest.CaptureFixture[str]) -> None:
         from mnv4_kernels.cli import main

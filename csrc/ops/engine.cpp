@@ -1,4 +1,4 @@
-// mnv4_kernels::engine_create, engine_run and engine_free: a whole network as one op.
+// mnv4_kernels::engine_create and engine_run: a whole network as one op.
 #include "engine/engine.h"
 
 #include <algorithm>
@@ -10,6 +10,7 @@
 
 #include "kernels/conv/conv.h"
 #include "ops/common.h"
+#include "ops/free.h"
 
 namespace mnv4::ops {
 namespace {
@@ -230,8 +231,6 @@ std::vector<Tensor> engine_arrays(int64_t handle) {
   return results;
 }
 
-void engine_free(int64_t handle) { registry().remove(handle); }
-
 }  // namespace
 
 // here and not in Python, where the other schemas are: a C++ program that runs an exported network has only this
@@ -251,8 +250,13 @@ STABLE_TORCH_LIBRARY_IMPL(mnv4_kernels, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(mnv4_kernels, CompositeExplicitAutograd, m) {
   m.impl("engine_arrays", TORCH_BOX(&engine_arrays));
-  m.impl("engine_free", TORCH_BOX(&engine_free));
   m.impl("program_bytes", TORCH_BOX(&program_bytes));
 }
 
 }  // namespace mnv4::ops
+
+namespace mnv4 {
+
+void engine_free(int64_t handle) { ops::registry().remove(handle); }
+
+}  // namespace mnv4

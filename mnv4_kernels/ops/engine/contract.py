@@ -15,14 +15,12 @@ LIBRARY.define("engine_create(Tensor program, Tensor[] arrays, bool bfloat16) ->
 LIBRARY.define("engine_run(int handle, Tensor x, int tag) -> Tensor[]")
 LIBRARY.define("engine_profile(int handle, Tensor x, int tag, int repeats) -> (Tensor, Tensor, str)")
 LIBRARY.define("engine_arrays(int handle) -> Tensor[]")
-LIBRARY.define("engine_free(int handle) -> ()")
 
 _ops = getattr(torch.ops, NAMESPACE)
 engine_create = _ops.engine_create.default
 engine_run = _ops.engine_run.default
 engine_profile = _ops.engine_profile.default
 engine_arrays = _ops.engine_arrays.default
-engine_free = _ops.engine_free.default
 
 # the same without state, for exported programs: the weights are an argument, the program is text. Their schemas are
 # in the C++ library (csrc/ops/engine.cpp)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import torch
 
-from .contract import engine_arrays, engine_create, engine_free
+from ...backends import native
+from .contract import engine_arrays, engine_create
 from .programs import forget, remember
 
 
@@ -23,7 +25,8 @@ class Engine:
         self.handle: int = engine_create(program, arrays, bfloat16)
         remember(self.handle, program)
         self._shapes = [array.shape for array in arrays]
-        weakref.finalize(self, _free, self.handle)
+        # what a process holds at its end goes with it
+        weakref.finalize(self, _free, self.handle, native.module().engine_free).atexit = False
 
     def arrays(self) -> list[torch.Tensor]:
         """The arrays that it was made from, unpacked: with `bfloat16` rounded as they are stored."""
@@ -31,6 +34,7 @@ class Engine:
         return [array.reshape(shape) for array, shape in zip(stored, self._shapes, strict=True)]
 
 
-def _free(handle: int) -> None:
+def _free(handle: int, free: Callable[[int], None]) -> None:
+    # garbage is collected at any time, under any tracer and mode: no op of torch here
     forget(handle)
-    engine_free(handle)
+    free(handle)
