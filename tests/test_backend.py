@@ -103,8 +103,9 @@ def test_attention_stays_inductors_between_programs(options: dict[str, Any]) -> 
     model, fused = create(HYBRID, **options), Fused()
     x = images(2, 3, 64, 64)
     assert_exact(model, compiled(model, fused)(x), x, roundings=130)
-    assert fused.calls().count(subnetwork) > 1
-    assert F.scaled_dot_product_attention in fused.calls()
+    attentions = fused.calls().count(F.scaled_dot_product_attention)
+    # keys and values of each, and what lies between two of them with its layer scales
+    assert fused.calls().count(subnetwork) == 2 * attentions + 1 > 1
 
 
 @pytest.mark.parametrize(
@@ -155,6 +156,7 @@ BETWEEN: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "a skip in place into the earlier map": lambda y, x: x.add_(y) + x,
     "a scaled skip": lambda y, x: torch.add(y, x, alpha=2),
     "a broadcast skip": lambda y, x: y + x[:, :, :1, :1],
+    "a layer scale": lambda y, x: y * x.new_tensor([0.5] * 8).view(1, -1, 1, 1),
     "a number added": lambda y, x: y + 1.5,
     "activation before the skip": lambda y, x: F.relu(y) + x,
     "activation after the skip": lambda y, x: F.relu(y + x),
@@ -182,6 +184,58 @@ def test_nothing_between_convolutions_changes_the_result(between: Callable[..., 
         pytest.fail(f"the test's own model: {error}")
     actual = compiled(model, fused)(x.clone())
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+class Scaled(nn.Module):
+    """A chain with a layer scale as timm's LayerScale2d computes it."""
+
+    def __init__(self, gamma: torch.Tensor, in_place: bool, before_norm: bool) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(3))
+        self.norm = nn.BatchNorm2d(8)
+        self.gamma = nn.Parameter(gamma)
+        self.in_place = in_place
+        self.before_norm = before_norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.convs[1](self.convs[0](x).relu())
+        y = self.norm(self.scaled(y)) if self.before_norm else self.scaled(self.norm(y))
+        z: torch.Tensor = self.convs[2](y + x)
+        return z
+
+    def scaled(self, y: torch.Tensor) -> torch.Tensor:
+        gamma = self.gamma.view(1, -1, 1, 1)
+        return y.mul_(gamma) if self.in_place else y * gamma
+
+
+@pytest.mark.parametrize(
+    ("gamma", "in_place", "before_norm", "alone"),
+    [
+        (torch.rand(8) + 0.5, False, False, True),
+        (torch.rand(8) + 0.5, True, False, True),
+        (torch.rand(8) + 0.5, False, True, False),
+        (torch.rand(1) + 0.5, False, False, False),
+    ],
+    ids=["apart", "in place", "before the norm", "one factor for all"],
+)
+def test_a_layer_scale_is_folded_where_it_is_one(
+    gamma: torch.Tensor, in_place: bool, before_norm: bool, alone: bool
+) -> None:
+    model: Any = randomize_(Scaled(gamma, in_place, before_norm).eval(), channels=8)
+    fused, x = Fused(), torch.randn(2, 8, 6, 7)
+    network = compiled(model, fused)
+    for _ in range(2):
+        torch.testing.assert_close(network(x), model(x), rtol=1e-4, atol=1e-4)
+        model.gamma.mul_(2)
+    assert (fused.calls() == [subnetwork]) is alone
+
+
+def test_promoting_factors_keep_their_dtype() -> None:
+    model: Any = randomize_(Scaled(torch.rand(8) + 0.5, in_place=False, before_norm=False).eval(), channels=8)
+    model, x = model.bfloat16(), torch.randn(2, 8, 6, 7).bfloat16()
+    model.gamma.data = model.gamma.float()
+    network = compiled(lambda x: model.scaled(model.convs[2](model.convs[1](model.convs[0](x)))), Fused())
+    assert network(x).dtype == torch.float32
 
 
 def test_floats_that_dynamic_makes_symbols_are_asked_for() -> None:

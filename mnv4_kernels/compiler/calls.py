@@ -49,6 +49,13 @@ class Norm(NamedTuple):
     eps: float
 
 
+class Scale(NamedTuple):
+    """A factor for each channel: a layer scale."""
+
+    x: fx.Node
+    factors: fx.Node  # [C]
+
+
 class Act(NamedTuple):
     """One of the ops' activations."""
 
@@ -101,7 +108,7 @@ class Same(NamedTuple):
     x: fx.Node
 
 
-Call = Conv | Linear | Norm | Act | Add | AveragePool | GlobalPool | Pad | Flatten | Same
+Call = Conv | Linear | Norm | Scale | Act | Add | AveragePool | GlobalPool | Pad | Flatten | Same
 
 
 def value_of(node: fx.Node) -> Any:
@@ -217,6 +224,16 @@ def _add(input: Any, other: Any, *, alpha: Any = 1, in_place: bool = False) -> A
 _add_ = functools.partial(_add, in_place=True)
 
 
+def _mul(input: Any, other: Any) -> Scale:
+    view = value_of(other) if isinstance(other, fx.Node) else None
+    if view is None or other.target not in ("view", "reshape") or tuple(view.shape) != (1, view.numel(), 1, 1):
+        raise OtherError
+    factors = other.args[0]
+    if value_of(factors) is None or value_of(factors).dim() != 1:
+        raise OtherError
+    return Scale(input, factors)
+
+
 def _avg_pool(
     input: Any,
     kernel_size: Any,
@@ -279,6 +296,7 @@ _FUNCTIONS: dict[Any, Callable[..., Call]] = {
     **dict.fromkeys((F.gelu, aten.gelu.default), _gelu),
     **dict.fromkeys((operator.add, torch.add, aten.add.Tensor), _add),
     **dict.fromkeys((operator.iadd, aten.add_.Tensor), _add_),
+    **dict.fromkeys((operator.mul, operator.imul, torch.mul), _mul),
     **dict.fromkeys((F.avg_pool2d, aten.avg_pool2d.default), _avg_pool),
     **dict.fromkeys((F.adaptive_avg_pool2d, aten.adaptive_avg_pool2d.default), _adaptive_pool),
     **dict.fromkeys((torch.mean, aten.mean.dim), _mean),
@@ -291,6 +309,7 @@ _METHODS: dict[Any, Callable[..., Call]] = {
     **dict.fromkeys(("relu", "relu_"), _act("relu")),
     "add": _add,
     "add_": _add_,
+    **dict.fromkeys(("mul", "mul_"), _mul),
     "mean": _mean,
     "flatten": _flatten,
 }

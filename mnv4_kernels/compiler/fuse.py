@@ -189,6 +189,16 @@ def _follow(call: Any, node: fx.Node, source: Layer, user: fx.Node) -> Layer | N
             return None
         source.norm, source.stage = call, layers.NORMALISED
         return source
+    if isinstance(call, calls.Scale):
+        fits = value_of(node).dim() == 4 and int(value_of(call.factors).shape[0]) == source.channels
+        promoted = value_of(user).dtype != value_of(node).dtype
+        if promoted or not (alone and fits) or source.stage not in (layers.CONVOLVED, layers.NORMALISED):
+            return None
+        grown = dataclasses.replace(source, scale=call.factors)
+        if not _readable(grown, value_of(node)):
+            return None
+        source.scale, source.stage = call.factors, layers.SCALED
+        return source
     if isinstance(call, calls.Act):
         if not alone or source.stage == layers.DONE:
             return None

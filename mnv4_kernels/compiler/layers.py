@@ -15,7 +15,7 @@ from ..ops.subnetwork import Fold, Mean, recipe
 from .calls import AveragePool, Conv, Linear, Norm, Pad, value_of
 
 #: how far a layer is: what may follow a convolution comes in this order, each at most once
-CONVOLVED, NORMALISED, DONE = range(3)
+CONVOLVED, NORMALISED, SCALED, DONE = range(4)
 
 
 @dataclasses.dataclass(eq=False)
@@ -30,6 +30,8 @@ class Layer:
     weight: fx.Node | None = None
     bias: fx.Node | None = None
     norm: Norm | None = None
+    #: factors of a layer scale
+    scale: fx.Node | None = None
     #: height and width of an average pool's window
     window: tuple[int, int] | None = None
     act: str = "none"
@@ -44,7 +46,7 @@ class Layer:
     def nodes(self) -> list[fx.Node]:
         """The graph's tensors that it reads, but for its input."""
         norm = [] if self.norm is None else [self.norm.mean, self.norm.var, self.norm.gamma, self.norm.beta]
-        return [node for node in (self.weight, self.bias, *norm) if node is not None]
+        return [node for node in (self.weight, self.bias, *norm, self.scale) if node is not None]
 
 
 def convolution(call: Conv, source: Layer, pad: Pad | None) -> Layer | None:
@@ -119,11 +121,12 @@ def _entry(layer: Layer, index: Any) -> Fold | Mean | None:
         return Mean(layer.channels, *layer.window)
     if layer.weight is None:
         return None
+    fold = Fold(index(layer.weight), index(layer.bias), scale=index(layer.scale))
     norm = layer.norm
     if norm is None:
-        return Fold(index(layer.weight), index(layer.bias))
+        return fold
     mean, var, gamma, beta = (index(node) for node in (norm.mean, norm.var, norm.gamma, norm.beta))
-    return Fold(index(layer.weight), index(layer.bias), mean, var, gamma, beta, norm.eps)
+    return fold._replace(mean=mean, var=var, gamma=gamma, beta=beta, eps=norm.eps)
 
 
 def shaped_alike(first: fx.Node, second: fx.Node) -> bool:

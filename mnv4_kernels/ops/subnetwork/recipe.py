@@ -19,6 +19,8 @@ class Fold(NamedTuple):
     gamma: int = -1
     beta: int = -1
     eps: float = 0.0
+    #: factors of the result's channels
+    scale: int = -1
 
 
 class Mean(NamedTuple):
@@ -68,4 +70,8 @@ def _folded(entry: Fold, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         scale = wide(entry.gamma, 1.0) * torch.rsqrt(wide(entry.var, 1.0) + entry.eps)
         shift = (shift - wide(entry.mean, 0.0)) * scale + wide(entry.beta, 0.0)
         weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+    if entry.scale >= 0:
+        factors = wide(entry.scale, 1.0)
+        shift = shift * factors
+        weight = weight * factors.view(-1, *[1] * (weight.dim() - 1))
     return [weight.to(stored.dtype).float().contiguous(), shift.float()]
