@@ -18,6 +18,8 @@ from mnv4_kernels.ops.activation import ACTIVATIONS
 from mnv4_kernels.ops.bn_act import triton_bn_act as forward
 from mnv4_kernels.ops.bn_act import triton_bn_act_backward as backward
 from mnv4_kernels.ops.gpu.config import PositionsConfig
+from mnv4_kernels.ops.gpu.launch import in_format
+from mnv4_kernels.ops.layout import memory_format_of
 
 CALLS = tuple(call for call in CALLS if call.op == "bn_act")
 OP = by_kernels("bn_act")
@@ -38,7 +40,7 @@ def test_each_activation_has_its_derivative(act: str) -> None:
 def test_low_precision_and_layouts(dtype: torch.dtype, layout: str) -> None:
     call = CALLS[1]
     (y,), (dx, *_) = check(OP, call, dtype, layout)
-    assert y.stride() == dx.stride() == forward.in_format(y, forward.memory_format_of(y)).stride()
+    assert y.stride() == dx.stride() == in_format(y, memory_format_of(y)).stride()
 
 
 @pytest.mark.parametrize("int64", [False, True])

@@ -4,12 +4,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from ..gpu.config import PositionsConfig
-from ..gpu.launch import Launch, cdiv, channel_vector, in_format, needs_int64, nhwc
+from ..gpu.launch import Launch, answer, cdiv, channel_vector, needs_int64, nhwc
 from ..gpu.normalise import normalisation, normalised
 from ..gpu.select import positions_config
 from ..layout import memory_format_of
@@ -107,20 +109,6 @@ def build(
     return y, [launch]
 
 
-def bn_act(
-    x: torch.Tensor,
-    mean: torch.Tensor | None,
-    var: torch.Tensor | None,
-    gamma: torch.Tensor | None,
-    beta: torch.Tensor | None,
-    eps: float,
-    act: str,
-    layer_scale: torch.Tensor | None,
-    keep: torch.Tensor | None,
-    residual: torch.Tensor | None,
-) -> torch.Tensor:
-    """CUDA implementation of the op; NCHW maps are converted, and the result goes back to x's format."""
-    y, launches = build(x, mean, var, gamma, beta, eps, act, layer_scale, keep, residual)
-    for launch in launches:
-        launch.run()
-    return in_format(y, memory_format_of(x))
+def bn_act(x: torch.Tensor, *others: Any) -> torch.Tensor:
+    """CUDA implementation of the op; NCHW input is converted, and the result goes back to its format."""
+    return answer(build(x, *others), memory_format_of(x))

@@ -4,21 +4,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from ..gpu.config import PositionsConfig
 from ..gpu.device import activate
-from ..gpu.launch import Launch, cdiv, channel_vector, in_format, needs_int64, nhwc
+from ..gpu.launch import Gradients, Launch, answer, cdiv, channel_vector, needs_int64, nhwc
 from ..gpu.normalise import activate_backward, normalisation
 from ..gpu.reduction import finish, join_sums
 from ..gpu.select import positions_config
 from ..layout import memory_format_of
 from .reference import backward_reference
 from .triton_bn_act import image_positions
-
-Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @triton.jit
@@ -117,29 +117,15 @@ def build(
         config=config,
     )  # fmt: skip
     if partial is None:
-        return result, [launch]  # type: ignore[return-value]
+        return result, [launch]
     sums, joins = join_sums(partial)
     # the layer scale's gradient is one more sum a channel, as a tap's is
-    return result, [launch, *joins, finish(sums, var, gamma, vectors[:4], vectors[4], eps)]  # type: ignore[return-value]
+    return result, [launch, *joins, finish(sums, var, gamma, vectors[:4], vectors[4], eps)]
 
 
-def bn_act_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    mean: torch.Tensor | None,
-    var: torch.Tensor | None,
-    gamma: torch.Tensor | None,
-    beta: torch.Tensor | None,
-    eps: float,
-    act: str,
-    layer_scale: torch.Tensor | None,
-    keep: torch.Tensor | None,
-) -> tuple[torch.Tensor, ...]:
-    """CUDA implementation of the op; NCHW maps are converted, and dx goes back to x's format."""
-    arguments = (grad, x, mean, var, gamma, beta, eps, act, layer_scale, keep)
+def bn_act_backward(*arguments: Any) -> Gradients:
+    """CUDA implementation of the op; maps are converted to NHWC, and dx goes back to x's format."""
+    x = arguments[1]
     if x.numel() == 0:
         return backward_reference(*arguments)
-    (dx, *others), launches = build(*arguments)
-    for launch in launches:
-        launch.run()
-    return (in_format(dx, memory_format_of(x)), *others)
+    return answer(build(*arguments), memory_format_of(x))

@@ -11,16 +11,13 @@ import triton.language as tl
 from ..conv_bn_act.reference import output_format
 from ..gpu.config import GemmConfig
 from ..gpu.device import dot, grouped_tile, output_pixels
-from ..gpu.launch import Launch, cdiv, channel_vector, dot_precision, in_format, needs_int64, nhwc
+from ..gpu.launch import Launch, answer, cdiv, channel_vector, dot_precision, geometry_constants, needs_int64, nhwc
 from ..gpu.normalise import normalisation
 from ..gpu.reduction import join_moments, store_tile_moments
 from ..gpu.select import training_gemm_config
-from ..gpu.taps import activated_tile, reduction_columns
+from ..gpu.taps import GATHERED_CHANNELS, activated_tile, reduction_columns
 from ..layout import empty_like_conv
 from .reference import Moments, moments_like, reference
-
-#: Below this, channels of all taps form one reduction axis that is gathered; an image has 1, 3 or 4.
-GATHERED_CHANNELS = 16
 
 
 @triton.jit
@@ -154,22 +151,6 @@ def build(
     return (z, z_mean, z_var), [launch, *joins]
 
 
-def geometry_constants(
-    kernel: tuple[int, int], stride: list[int], padding: list[int], dilation: list[int]
-) -> dict[str, int]:
-    """What the kernels know of a convolution when they are compiled."""
-    return {
-        "PAD_T": padding[0],
-        "PAD_L": padding[2],
-        "KERNEL_H": kernel[0],
-        "KERNEL_W": kernel[1],
-        "STRIDE_H": stride[0],
-        "STRIDE_W": stride[1],
-        "DILATION_H": dilation[0],
-        "DILATION_W": dilation[1],
-    }
-
-
 def bn_act_conv(
     x: torch.Tensor,
     mean: torch.Tensor | None,
@@ -189,7 +170,4 @@ def bn_act_conv(
     arguments = (x, mean, var, gamma, beta, eps, act, weight, stride, padding, dilation, moments, channels_last)
     if x.numel() == 0:
         return reference(*arguments)
-    (z, z_mean, z_var), launches = build(*arguments)
-    for launch in launches:
-        launch.run()
-    return in_format(z, output_format(x, channels_last)), z_mean, z_var
+    return answer(build(*arguments), output_format(x, channels_last))

@@ -16,16 +16,23 @@ import triton.language as tl
 
 from ..gpu.config import GemmConfig, SplitConfig
 from ..gpu.device import dot, grouped_tile, output_pixels
-from ..gpu.launch import Launch, cdiv, channel_vector, dot_precision, in_format, needs_int64, nhwc
-from ..gpu.normalise import activate_backward, normalisation, result_gradient, through_moments
+from ..gpu.launch import (
+    Gradients,
+    Launch,
+    answer,
+    cdiv,
+    channel_vector,
+    dot_precision,
+    geometry_constants,
+    needs_int64,
+    nhwc,
+)
+from ..gpu.normalise import activate_backward, moments_gradient, normalisation, result_gradient, through_moments
 from ..gpu.reduction import finish, join_sums
 from ..gpu.select import split_config, training_gemm_config
-from ..gpu.taps import activated_tile, reduction_columns
+from ..gpu.taps import GATHERED_CHANNELS, activated_tile, reduction_columns
 from ..layout import memory_format_of
 from .reference import backward_reference
-from .triton_bn_act_conv import GATHERED_CHANNELS, geometry_constants
-
-Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @triton.jit
@@ -215,11 +222,7 @@ def build(
     op: str = "bn_act_conv_backward",
 ) -> tuple[Gradients, list[Launch]]:
     """(dx in channels_last memory, dmean, dvar, dgamma, dbeta, dweight), not yet written, and the launches."""
-    grad = nhwc(grad)
-    through: tuple[torch.Tensor | None, ...] = (None,) * 4
-    if grad_mean is not None and grad_var is not None and z is not None and z_mean is not None:
-        through = (grad_mean, grad_var, nhwc(z), z_mean)
-    result = (grad, *through)
+    result = (nhwc(grad), *moments_gradient(grad_mean, grad_var, z, z_mean))
     norm = (mean, var, gamma, beta)
     geometry = (weight, stride, padding, dilation)
     empty = x.new_empty(0)
@@ -230,7 +233,7 @@ def build(
     if need_weight:
         found[5], more = _weight_launches(result, x, norm, eps, act, *geometry, split, int64, op)
         launches += more
-    return tuple(found), launches  # type: ignore[return-value]
+    return tuple(found), launches
 
 
 def _input_launches(
@@ -387,34 +390,9 @@ def _weight_launches(
     return dweight, [launch, *joins]
 
 
-def bn_act_conv_backward(
-    grad: torch.Tensor,
-    grad_mean: torch.Tensor | None,
-    grad_var: torch.Tensor | None,
-    z: torch.Tensor | None,
-    z_mean: torch.Tensor | None,
-    x: torch.Tensor,
-    mean: torch.Tensor | None,
-    var: torch.Tensor | None,
-    gamma: torch.Tensor | None,
-    beta: torch.Tensor | None,
-    eps: float,
-    act: str,
-    weight: torch.Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    need_input: bool,
-    need_weight: bool,
-) -> tuple[torch.Tensor, ...]:
+def bn_act_conv_backward(*arguments: Any) -> Gradients:
     """CUDA implementation of the op; maps are converted to NHWC, and dx goes back to x's format."""
-    arguments = (
-        grad, grad_mean, grad_var, z, z_mean, x, mean, var, gamma, beta, eps, act, weight, stride, padding, dilation,
-        need_input, need_weight,
-    )  # fmt: skip
+    x = arguments[5]
     if x.numel() == 0:
         return backward_reference(*arguments)
-    (dx, *others), launches = build(*arguments)
-    for launch in launches:
-        launch.run()
-    return (in_format(dx, memory_format_of(x)) if need_input else dx, *others)
+    return answer(build(*arguments), memory_format_of(x))

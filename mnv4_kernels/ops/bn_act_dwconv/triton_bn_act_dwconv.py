@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -11,7 +13,7 @@ import triton.language as tl
 from ..bn_act_conv.reference import Moments, moments_like
 from ..gpu.config import DepthwiseConfig
 from ..gpu.depthwise import depthwise_rows, output_columns
-from ..gpu.launch import Launch, cdiv, channel_vector, in_format, needs_int64, nhwc, tap_major
+from ..gpu.launch import Launch, answer, cdiv, channel_vector, geometry_constants, needs_int64, nhwc, tap_major
 from ..gpu.normalise import normalisation
 from ..gpu.reduction import join_moments, store_moments
 from ..gpu.select import training_depthwise_config
@@ -123,14 +125,7 @@ def build(
             columns, n_strips, x.shape[2], x.shape[3], channels // vector, out_h, out_w,
         ),
         constants={
-            "PAD_T": padding[0],
-            "PAD_L": padding[2],
-            "KERNEL_H": kernel[0],
-            "KERNEL_W": kernel[1],
-            "STRIDE_H": stride[0],
-            "STRIDE_W": stride[1],
-            "DILATION_H": dilation[0],
-            "DILATION_W": dilation[1],
+            **geometry_constants(kernel, stride, padding, dilation),
             "ACT": act,
             "VEC": vector,
             "INT64": needs_int64(x, z) if int64 is None else int64,
@@ -144,25 +139,8 @@ def build(
     return (z, z_mean, z_var), [launch, *joins]
 
 
-def bn_act_dwconv(
-    x: torch.Tensor,
-    mean: torch.Tensor | None,
-    var: torch.Tensor | None,
-    gamma: torch.Tensor | None,
-    beta: torch.Tensor | None,
-    eps: float,
-    act: str,
-    weight: torch.Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    moments: bool,
-) -> Moments:
+def bn_act_dwconv(x: torch.Tensor, *others: Any) -> Moments:
     """CUDA implementation of the op; NCHW input is converted, and the result goes back to its format."""
-    arguments = (x, mean, var, gamma, beta, eps, act, weight, stride, padding, dilation, moments)
     if x.numel() == 0:
-        return reference(*arguments)
-    (z, z_mean, z_var), launches = build(*arguments)
-    for launch in launches:
-        launch.run()
-    return in_format(z, memory_format_of(x)), z_mean, z_var
+        return reference(x, *others)
+    return answer(build(x, *others), memory_format_of(x))

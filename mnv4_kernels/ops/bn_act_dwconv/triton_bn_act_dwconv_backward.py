@@ -4,19 +4,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from ..gpu.config import PositionsConfig
-from ..gpu.launch import Launch, cdiv, channel_vector, in_format, needs_int64, nhwc, tap_major
-from ..gpu.normalise import activate_backward, normalisation, normalised, result_gradient, through_moments
+from ..gpu.launch import (
+    Gradients,
+    Launch,
+    answer,
+    cdiv,
+    channel_vector,
+    geometry_constants,
+    needs_int64,
+    nhwc,
+    tap_major,
+)
+from ..gpu.normalise import (
+    activate_backward,
+    moments_gradient,
+    normalisation,
+    normalised,
+    result_gradient,
+    through_moments,
+)
 from ..gpu.reduction import finish, join_sums
 from ..gpu.select import depthwise_backward_config
 from ..layout import memory_format_of
 from .reference import backward_reference
-
-Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @triton.jit
@@ -129,11 +146,9 @@ def build(
 ) -> tuple[Gradients, list[Launch]]:
     """(dx in channels_last memory, dmean, dvar, dgamma, dbeta, dweight), not yet written, and the launches."""
     x, grad = nhwc(x), nhwc(grad)
-    through = (None,) * 4
-    if grad_mean is not None and grad_var is not None and z is not None and z_mean is not None:
-        through = (grad_mean, grad_var, nhwc(z), z_mean)
     batch, channels, height, width = x.shape
-    taps = weight.shape[2] * weight.shape[3]
+    kernel = (weight.shape[2], weight.shape[3])
+    taps = kernel[0] * kernel[1]
     empty = x.new_empty(0)
     dx = torch.empty_like(x) if need_input else None
     normalises = need_input and mean is not None
@@ -143,9 +158,7 @@ def build(
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if need_weight else None
     result = tuple(empty if value is None else value for value in (dx, *vectors, dweight))
     positions = batch * height * width
-    config = config or depthwise_backward_config(
-        tuple(x.shape), (weight.shape[2], weight.shape[3]), (stride[0], stride[1]), x.dtype, x.device
-    )
+    config = config or depthwise_backward_config(tuple(x.shape), kernel, (stride[0], stride[1]), x.dtype, x.device)
     vector = channel_vector(channels)
     tiles = cdiv(positions, config.positions)
     rows = taps * need_weight + 2 * normalises
@@ -154,19 +167,12 @@ def build(
         kernel=_bn_act_dwconv_bwd_kernel,
         grid=(tiles * cdiv(channels, config.channels),),
         arguments=(
-            grad, *through, x, mean, var, gamma, beta, tap_major(weight), dx, partial, eps,
-            float(batch * grad.shape[2] * grad.shape[3]), positions, rows, height, width, channels // vector,
-            grad.shape[2], grad.shape[3],
+            grad, *moments_gradient(grad_mean, grad_var, z, z_mean), x, mean, var, gamma, beta, tap_major(weight), dx,
+            partial, eps, float(batch * grad.shape[2] * grad.shape[3]), positions, rows, height, width,
+            channels // vector, grad.shape[2], grad.shape[3],
         ),
         constants={
-            "PAD_T": padding[0],
-            "PAD_L": padding[2],
-            "KERNEL_H": weight.shape[2],
-            "KERNEL_W": weight.shape[3],
-            "STRIDE_H": stride[0],
-            "STRIDE_W": stride[1],
-            "DILATION_H": dilation[0],
-            "DILATION_W": dilation[1],
+            **geometry_constants(kernel, stride, padding, dilation),
             "ACT": act,
             "NEED_WEIGHT": need_weight,
             "VEC": vector,
@@ -177,40 +183,15 @@ def build(
         config=config,
     )  # fmt: skip
     if rows == 0:
-        return result, [launch]  # type: ignore[return-value]
+        return result, [launch]
     sums, joins = join_sums(partial)
     last = finish(sums, var, gamma, vectors, dweight, eps, taps)
-    return result, [launch, *joins, last]  # type: ignore[return-value]
+    return result, [launch, *joins, last]
 
 
-def bn_act_dwconv_backward(
-    grad: torch.Tensor,
-    grad_mean: torch.Tensor | None,
-    grad_var: torch.Tensor | None,
-    z: torch.Tensor | None,
-    z_mean: torch.Tensor | None,
-    x: torch.Tensor,
-    mean: torch.Tensor | None,
-    var: torch.Tensor | None,
-    gamma: torch.Tensor | None,
-    beta: torch.Tensor | None,
-    eps: float,
-    act: str,
-    weight: torch.Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    need_input: bool,
-    need_weight: bool,
-) -> tuple[torch.Tensor, ...]:
+def bn_act_dwconv_backward(*arguments: Any) -> Gradients:
     """CUDA implementation of the op; maps are converted to NHWC, and dx goes back to x's format."""
-    arguments = (
-        grad, grad_mean, grad_var, z, z_mean, x, mean, var, gamma, beta, eps, act, weight, stride, padding, dilation,
-        need_input, need_weight,
-    )  # fmt: skip
+    x = arguments[5]
     if x.numel() == 0:
         return backward_reference(*arguments)
-    (dx, *others), launches = build(*arguments)
-    for launch in launches:
-        launch.run()
-    return (in_format(dx, memory_format_of(x)) if need_input else dx, *others)
+    return answer(build(*arguments), memory_format_of(x))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..bn_act_conv import triton_bn_act_conv as dense
 from ..bn_act_conv.reference import Moments
 from ..gpu.config import GemmConfig
-from ..gpu.launch import Launch, in_format
+from ..gpu.launch import Launch, answer
 from ..layout import memory_format_of
 from .reference import GEOMETRY, reference
 
@@ -30,22 +32,8 @@ def build(
     return dense.build(x, *normalisation, weight, *GEOMETRY, moments, False, config, int64, "bn_act_pwconv")
 
 
-def bn_act_pwconv(
-    x: torch.Tensor,
-    mean: torch.Tensor | None,
-    var: torch.Tensor | None,
-    gamma: torch.Tensor | None,
-    beta: torch.Tensor | None,
-    eps: float,
-    act: str,
-    weight: torch.Tensor,
-    moments: bool,
-) -> Moments:
+def bn_act_pwconv(x: torch.Tensor, *others: Any) -> Moments:
     """CUDA implementation of the op; NCHW input is converted, and the result goes back to its format."""
-    arguments = (x, mean, var, gamma, beta, eps, act, weight, moments)
     if x.numel() == 0:
-        return reference(*arguments)
-    (z, z_mean, z_var), launches = build(*arguments)
-    for launch in launches:
-        launch.run()
-    return in_format(z, memory_format_of(x)), z_mean, z_var
+        return reference(x, *others)
+    return answer(build(x, *others), memory_format_of(x))

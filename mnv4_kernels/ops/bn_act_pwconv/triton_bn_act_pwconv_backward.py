@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..bn_act_conv import triton_bn_act_conv_backward as dense
 from ..gpu.config import GemmConfig, SplitConfig
-from ..gpu.launch import Launch, in_format
+from ..gpu.launch import Gradients, Launch, answer
 from ..layout import memory_format_of
 from .reference import GEOMETRY, backward_reference
 
@@ -30,7 +32,7 @@ def build(
     config: GemmConfig | None = None,
     split: SplitConfig | None = None,
     int64: bool | None = None,
-) -> tuple[dense.Gradients, list[Launch]]:
+) -> tuple[Gradients, list[Launch]]:
     """(dx in channels_last memory, dmean, dvar, dgamma, dbeta, dweight), not yet written, and the launches."""
     return dense.build(
         grad, grad_mean, grad_var, z, z_mean, x, mean, var, gamma, beta, eps, act, weight, *GEOMETRY, need_input,
@@ -38,30 +40,9 @@ def build(
     )  # fmt: skip
 
 
-def bn_act_pwconv_backward(
-    grad: torch.Tensor,
-    grad_mean: torch.Tensor | None,
-    grad_var: torch.Tensor | None,
-    z: torch.Tensor | None,
-    z_mean: torch.Tensor | None,
-    x: torch.Tensor,
-    mean: torch.Tensor | None,
-    var: torch.Tensor | None,
-    gamma: torch.Tensor | None,
-    beta: torch.Tensor | None,
-    eps: float,
-    act: str,
-    weight: torch.Tensor,
-    need_input: bool,
-    need_weight: bool,
-) -> tuple[torch.Tensor, ...]:
+def bn_act_pwconv_backward(*arguments: Any) -> Gradients:
     """CUDA implementation of the op; maps are converted to NHWC, and dx goes back to x's format."""
-    arguments = (
-        grad, grad_mean, grad_var, z, z_mean, x, mean, var, gamma, beta, eps, act, weight, need_input, need_weight,
-    )  # fmt: skip
+    x = arguments[5]
     if x.numel() == 0:
         return backward_reference(*arguments)
-    (dx, *others), launches = build(*arguments)
-    for launch in launches:
-        launch.run()
-    return (in_format(dx, memory_format_of(x)) if need_input else dx, *others)
+    return answer(build(*arguments), memory_format_of(x))

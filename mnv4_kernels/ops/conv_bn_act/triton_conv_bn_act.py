@@ -10,13 +10,11 @@ import triton.language as tl
 
 from ..gpu.config import GemmConfig
 from ..gpu.device import dot, grouped_tile, output_pixels, store_epilogue
-from ..gpu.launch import Launch, cdiv, channel_vector, dot_precision, in_format, needs_int64, nhwc
+from ..gpu.launch import Launch, answer, cdiv, channel_vector, dot_precision, geometry_constants, needs_int64, nhwc
 from ..gpu.select import gemm_config
+from ..gpu.taps import GATHERED_CHANNELS
 from ..layout import empty_like_conv
 from .reference import output_format
-
-#: Below this, channels of all taps form one reduction axis that is gathered; an image has 1, 3 or 4.
-GATHERED_CHANNELS = 16
 
 
 @triton.jit
@@ -168,14 +166,7 @@ def build(
     config = config or gemm_config("conv_bn_act", m, outputs, reduction[0], x.dtype, x.device, reduction[1])
     vector_k = channel_vector(outputs)
     constants = {
-        "PAD_T": padding[0],
-        "PAD_L": padding[2],
-        "KERNEL_H": kernel_size[0],
-        "KERNEL_W": kernel_size[1],
-        "STRIDE_H": stride[0],
-        "STRIDE_W": stride[1],
-        "DILATION_H": dilation[0],
-        "DILATION_W": dilation[1],
+        **geometry_constants(kernel_size, stride, padding, dilation),
         "ACT": act,
         "PRECISION": dot_precision(x),
         "VEC_K": vector_k,
@@ -215,7 +206,4 @@ def conv_bn_act(
     packed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """CUDA implementation of the op; an NCHW image is read as it lies."""
-    y, launches = build(x, weight, scale, shift, stride, padding, dilation, act)
-    for launch in launches:
-        launch.run()
-    return in_format(y, output_format(x, channels_last))
+    return answer(build(x, weight, scale, shift, stride, padding, dilation, act), output_format(x, channels_last))

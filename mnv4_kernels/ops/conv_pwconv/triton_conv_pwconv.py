@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -15,10 +17,11 @@ from ..gpu.device import dot, output_pixels, scale_shift, store_epilogue
 from ..gpu.gate import MAX_PAIR_HIDDEN, ConvPairShape, Decision
 from ..gpu.launch import (
     Launch,
+    answer,
     cdiv,
     channel_vector,
     dot_precision,
-    in_format,
+    geometry_constants,
     needs_int64,
     next_power_of_2,
     nhwc,
@@ -147,6 +150,7 @@ def build(
     residual: torch.Tensor | None,  # [N, K, OH, OW]
     config: GemmConfig | None = None,
     int64: bool | None = None,
+    *,
     fuse: bool = True,
 ) -> tuple[torch.Tensor, list[Launch]]:
     """The result, in channels_last memory and not yet written, and the launches that write it.
@@ -180,14 +184,7 @@ def build(
             channels // vectors[0], hidden // vectors[1], outputs // vectors[2], out_h, out_w,
         ),
         constants={
-            "PAD_T": padding[0],
-            "PAD_L": padding[2],
-            "KERNEL_H": kernel_size[0],
-            "KERNEL_W": kernel_size[1],
-            "STRIDE_H": stride[0],
-            "STRIDE_W": stride[1],
-            "DILATION_H": dilation[0],
-            "DILATION_W": dilation[1],
+            **geometry_constants(kernel_size, stride, padding, dilation),
             "CONV_ACT": conv_act,
             "ACT": act,
             "PRECISION": dot_precision(x),
@@ -206,28 +203,6 @@ def build(
     return y, [launch]
 
 
-def conv_pwconv(
-    x: torch.Tensor,
-    conv_weight: torch.Tensor,
-    conv_scale: torch.Tensor | None,
-    conv_shift: torch.Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    conv_act: str,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    act: str,
-    gamma: torch.Tensor | None,
-    residual: torch.Tensor | None,
-) -> torch.Tensor:
+def conv_pwconv(x: torch.Tensor, *others: Any) -> torch.Tensor:
     """CUDA implementation of the op; NCHW input is converted, and the result goes back to its format."""
-    arguments = (
-        x, conv_weight, conv_scale, conv_shift, stride, padding, dilation, conv_act, weight, scale, shift, act, gamma,
-        residual,
-    )  # fmt: skip
-    y, launches = build(*arguments, fuse=decide(*arguments).plan.fuse_mid)
-    for launch in launches:
-        launch.run()
-    return in_format(y, memory_format_of(x))
+    return answer(build(x, *others, fuse=decide(x, *others).plan.fuse_mid), memory_format_of(x))

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -11,7 +13,7 @@ import triton.language as tl
 from ..gpu.config import DepthwiseConfig
 from ..gpu.depthwise import depthwise_rows, output_columns
 from ..gpu.device import scale_shift
-from ..gpu.launch import Launch, cdiv, channel_vector, in_format, needs_int64, nhwc, tap_major
+from ..gpu.launch import Launch, answer, cdiv, channel_vector, geometry_constants, needs_int64, nhwc, tap_major
 from ..gpu.select import depthwise_config
 from ..layout import empty_like_conv, memory_format_of
 
@@ -102,14 +104,7 @@ def build(
             columns, n_strips, x.shape[2], x.shape[3], channels // vector, out_h, out_w,
         ),
         constants={
-            "PAD_T": padding[0],
-            "PAD_L": padding[2],
-            "KERNEL_H": weight.shape[2],
-            "KERNEL_W": weight.shape[3],
-            "STRIDE_H": stride[0],
-            "STRIDE_W": stride[1],
-            "DILATION_H": dilation[0],
-            "DILATION_W": dilation[1],
+            **geometry_constants(kernel_size, stride, padding, dilation),
             "ACT": act,
             "VEC": vector,
             "INT64": needs_int64(x, y) if int64 is None else int64,
@@ -122,19 +117,6 @@ def build(
     return y, [launch]
 
 
-def dwconv_bn_act(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    act: str,
-    packed: torch.Tensor | None = None,
-) -> torch.Tensor:
+def dwconv_bn_act(x: torch.Tensor, *others: Any) -> torch.Tensor:
     """CUDA implementation of the op; NCHW input is converted, and the result goes back to its format."""
-    y, launches = build(x, weight, scale, shift, stride, padding, dilation, act)
-    for launch in launches:
-        launch.run()
-    return in_format(y, memory_format_of(x))
+    return answer(build(x, *others), memory_format_of(x))

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -16,10 +18,11 @@ from ..gpu.device import dot, scale_shift, store_epilogue
 from ..gpu.gate import Decision, DepthwisePairShape
 from ..gpu.launch import (
     Launch,
+    answer,
     cdiv,
     channel_vector,
     dot_precision,
-    in_format,
+    geometry_constants,
     needs_int64,
     nhwc,
     tap_major,
@@ -160,6 +163,7 @@ def build(
     config: DepthwiseGemmConfig | None = None,
     int64: bool | None = None,
     out: torch.Tensor | None = None,
+    *,
     fuse: bool = True,
 ) -> tuple[torch.Tensor, list[Launch]]:
     """The result, `out` or new, in channels_last memory and not yet written, and the launches that write it.
@@ -196,14 +200,7 @@ def build(
             y, columns, n_strips, x.shape[2], x.shape[3], channels // vector_c, outputs // vector_k, out_h, out_w,
         ),
         constants={
-            "PAD_T": padding[0],
-            "PAD_L": padding[2],
-            "KERNEL_H": kernel_size[0],
-            "KERNEL_W": kernel_size[1],
-            "STRIDE_H": stride[0],
-            "STRIDE_W": stride[1],
-            "DILATION_H": dilation[0],
-            "DILATION_W": dilation[1],
+            **geometry_constants(kernel_size, stride, padding, dilation),
             "DW_ACT": dw_act,
             "ACT": act,
             "PRECISION": dot_precision(x),
@@ -220,27 +217,6 @@ def build(
     return y, [launch]
 
 
-def dwconv_pwconv(
-    x: torch.Tensor,
-    dw_weight: torch.Tensor,
-    dw_scale: torch.Tensor | None,
-    dw_shift: torch.Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    dw_act: str,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    act: str,
-    gamma: torch.Tensor | None,
-    residual: torch.Tensor | None,
-) -> torch.Tensor:
+def dwconv_pwconv(x: torch.Tensor, *others: Any) -> torch.Tensor:
     """CUDA implementation of the op; NCHW input is converted, and the result goes back to its format."""
-    arguments = (
-        x, dw_weight, dw_scale, dw_shift, stride, padding, dilation, dw_act, weight, scale, shift, act, gamma, residual,
-    )  # fmt: skip
-    y, launches = build(*arguments, fuse=decide(*arguments).plan.fuse_mid)
-    for launch in launches:
-        launch.run()
-    return in_format(y, memory_format_of(x))
+    return answer(build(x, *others, fuse=decide(x, *others).plan.fuse_mid), memory_format_of(x))

@@ -13,6 +13,10 @@ from .config import Config
 INT32_EXTENT = 2**31 - 1
 
 
+#: What a backward's `build` answers: a gradient of each input, an empty tensor for what is absent or not needed.
+Gradients = tuple[torch.Tensor, ...]
+
+
 @dataclass(frozen=True)
 class Launch:
     """One kernel launch that has not happened yet: run it here, or compile it for a device that is not here."""
@@ -45,15 +49,28 @@ def nhwc(x: torch.Tensor) -> torch.Tensor:
 
 
 def in_format(y: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
-    """`y` [N, C, H, W] with just the strides that `torch.empty` gives it in `memory_format`.
+    """`y` [N, C, H, W] with just the strides that `torch.empty` gives it in `memory_format`; no map: as it is.
 
     With one channel or one pixel both formats are the same memory, and `contiguous` leaves the
     strides of the other one, which a compiled graph refuses.
     """
+    if y.dim() != 4:
+        return y
     y = y.contiguous(memory_format=memory_format)
     _, c, h, w = (max(size, 1) for size in y.shape)
     strides = (c * h * w, 1, w * c, c) if memory_format == torch.channels_last else (c * h * w, h * w, w, 1)
     return y if y.stride() == strides else y.as_strided(y.shape, strides)
+
+
+def answer(built: tuple[Any, list[Launch]], memory_format: torch.memory_format = torch.channels_last) -> Any:
+    """Runs the launches of a `build` and gives its result, of several the first, in `memory_format` if it is a map."""
+    results, launches = built
+    for launch in launches:
+        launch.run()
+    if not isinstance(results, torch.Tensor):
+        y, *others = results
+        return in_format(y, memory_format), *others
+    return in_format(results, memory_format)
 
 
 def tap_major(weight: torch.Tensor) -> torch.Tensor:
@@ -77,6 +94,22 @@ def channel_vector(*channels: int) -> int:
     and the models have 24, 40, 72 and 120 channels.
     """
     return next(vector for vector in (16, 8, 4, 2, 1) if all(count % vector == 0 for count in channels))
+
+
+def geometry_constants(
+    kernel: tuple[int, int], stride: list[int], padding: list[int], dilation: list[int]
+) -> dict[str, int]:
+    """What the kernels know of a convolution when they are compiled."""
+    return {
+        "PAD_T": padding[0],
+        "PAD_L": padding[2],
+        "KERNEL_H": kernel[0],
+        "KERNEL_W": kernel[1],
+        "STRIDE_H": stride[0],
+        "STRIDE_W": stride[1],
+        "DILATION_H": dilation[0],
+        "DILATION_W": dilation[1],
+    }
 
 
 def needs_int64(*tensors: torch.Tensor | None) -> bool:

@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 from .device import activate
+from .launch import nhwc
 
 
 @triton.jit
@@ -80,3 +82,15 @@ def result_gradient(grad_ptr, z_ptr, o_z, mask, b_by_mean, b_by_var, b_z_mean):
         b_centred = tl.load(z_ptr + o_z, mask=mask, other=0.0).to(tl.float32) - b_z_mean[None, :]
         b_grad += b_by_mean[None, :] + b_by_var[None, :] * b_centred
     return tl.where(mask, b_grad, 0.0)
+
+
+def moments_gradient(
+    grad_mean: torch.Tensor | None,  # [C]
+    grad_var: torch.Tensor | None,  # [C]
+    z: torch.Tensor | None,  # [N, C, H, W]
+    z_mean: torch.Tensor | None,  # [C]
+) -> tuple[torch.Tensor | None, ...]:
+    """The four as kernels read them, z in channels_last memory; all None where nothing comes through the moments."""
+    if grad_mean is None or grad_var is None or z is None or z_mean is None:
+        return (None,) * 4
+    return grad_mean, grad_var, nhwc(z), z_mean

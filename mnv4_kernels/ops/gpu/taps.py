@@ -9,6 +9,9 @@ import triton.language as tl
 
 from .normalise import normalised
 
+#: Below this, channels of all taps form one reduction axis that is gathered; an image has 1, 3 or 4.
+GATHERED_CHANNELS = 16
+
 
 @triton.jit
 def reduction_columns(i_block, channels, TAPS: tl.constexpr, GATHERED: tl.constexpr, BLOCK_K: tl.constexpr):

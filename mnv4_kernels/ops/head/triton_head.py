@@ -4,12 +4,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from ..gpu.config import PoolConfig
-from ..gpu.launch import Launch, cdiv, channel_vector, needs_int64, nhwc
+from ..gpu.launch import Launch, answer, cdiv, channel_vector, needs_int64, nhwc
 from ..gpu.select import pool_config
 from ..pwconv_bn_act.triton_pwconv_bn_act import matrix_launch
 
@@ -88,19 +90,6 @@ def build(
     return logits, [pool, expand, classify]
 
 
-def head(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    act: str,
-    classifier_weight: torch.Tensor | None,
-    classifier_bias: torch.Tensor | None,
-    packed: torch.Tensor | None = None,
-    classifier_packed: torch.Tensor | None = None,
-) -> torch.Tensor:
+def head(x: torch.Tensor, *others: Any) -> torch.Tensor:
     """CUDA implementation of the op; NCHW input is converted."""
-    y, launches = build(x, weight, scale, shift, act, classifier_weight, classifier_bias)
-    for launch in launches:
-        launch.run()
-    return y
+    return answer(build(x, *others))

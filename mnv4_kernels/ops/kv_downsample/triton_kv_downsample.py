@@ -4,13 +4,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from ..gpu.config import GemmConfig
 from ..gpu.device import dot, scale_shift
-from ..gpu.launch import Launch, cdiv, channel_vector, dot_precision, needs_int64, next_power_of_2, nhwc, tap_major
+from ..gpu.launch import (
+    Launch,
+    answer,
+    cdiv,
+    channel_vector,
+    dot_precision,
+    geometry_constants,
+    needs_int64,
+    next_power_of_2,
+    nhwc,
+    tap_major,
+)
 from ..gpu.select import kv_config
 from .contract import fake
 
@@ -146,14 +159,7 @@ def build(
             m, x.shape[2], x.shape[3], channels // vector, key_depth, value_depth, out_h, out_w,
         ),
         constants={
-            "PAD_T": padding[0],
-            "PAD_L": padding[2],
-            "KERNEL_H": kernel_size[0],
-            "KERNEL_W": kernel_size[1],
-            "STRIDE_H": stride[0],
-            "STRIDE_W": stride[1],
-            "DILATION_H": dilation[0],
-            "DILATION_W": dilation[1],
+            **geometry_constants(kernel_size, stride, padding, dilation),
             "PRECISION": dot_precision(x),
             "VEC": vector,
             "INT64": needs_int64(x, key, value) if int64 is None else int64,
@@ -167,26 +173,6 @@ def build(
     return (key, value), [launch]
 
 
-def kv_downsample(
-    x: torch.Tensor,
-    key_down: torch.Tensor | None,
-    key_scale: torch.Tensor | None,
-    key_shift: torch.Tensor | None,
-    key_project: torch.Tensor,
-    value_down: torch.Tensor | None,
-    value_scale: torch.Tensor | None,
-    value_shift: torch.Tensor | None,
-    value_project: torch.Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    packed: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def kv_downsample(x: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """CUDA implementation of the op; NCHW input is converted."""
-    results, launches = build(
-        x, key_down, key_scale, key_shift, key_project, value_down, value_scale, value_shift, value_project,
-        stride, padding, dilation,
-    )  # fmt: skip
-    for launch in launches:
-        launch.run()
-    return results
+    return answer(build(x, *others))

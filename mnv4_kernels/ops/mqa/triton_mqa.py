@@ -4,13 +4,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from ..gpu.config import AttentionConfig
 from ..gpu.device import dot
-from ..gpu.launch import Launch, cdiv, dot_precision, in_format, needs_int64, next_power_of_2, nhwc
+from ..gpu.launch import Launch, answer, cdiv, dot_precision, needs_int64, next_power_of_2, nhwc
 from ..gpu.select import attention_config
 from ..layout import memory_format_of
 
@@ -126,9 +128,6 @@ def build(
     return y, [launch]
 
 
-def mqa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, scale: float) -> torch.Tensor:
+def mqa(query: torch.Tensor, *others: Any) -> torch.Tensor:
     """CUDA implementation of the op; NCHW queries are converted, and the result goes back to their format."""
-    y, launches = build(query, key, value, heads, scale)
-    for launch in launches:
-        launch.run()
-    return in_format(y, memory_format_of(query))
+    return answer(build(query, *others), memory_format_of(query))

@@ -14,13 +14,11 @@ import triton.language as tl
 
 from ..gpu.config import AttentionConfig
 from ..gpu.device import dot
-from ..gpu.launch import Launch, cdiv, dot_precision, in_format, needs_int64, next_power_of_2, nhwc
+from ..gpu.launch import Gradients, Launch, answer, cdiv, dot_precision, needs_int64, next_power_of_2, nhwc
 from ..gpu.reduction import join_sums
 from ..gpu.select import attention_backward_config
 from ..layout import memory_format_of
 from .reference import backward_reference
-
-Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @triton.jit
@@ -219,7 +217,4 @@ def mqa_backward(
     """CUDA implementation of the op; NCHW maps are converted, and dquery goes back to the queries' format."""
     if grad.numel() == 0 or key.numel() == 0:
         return backward_reference(grad, query, key, value, heads, scale)
-    (dquery, dkey, dvalue), launches = build(grad, query, key, value, heads, scale)
-    for launch in launches:
-        launch.run()
-    return in_format(dquery, memory_format_of(query)), dkey, dvalue
+    return answer(build(grad, query, key, value, heads, scale), memory_format_of(query))

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -12,16 +14,7 @@ from ..gpu import gate
 from ..gpu.config import AttentionConfig
 from ..gpu.device import dot, scale_shift, store_epilogue
 from ..gpu.gate import MAX_PROJECTED_OUTPUTS, AttentionShape, Decision
-from ..gpu.launch import (
-    Launch,
-    cdiv,
-    channel_vector,
-    dot_precision,
-    in_format,
-    needs_int64,
-    next_power_of_2,
-    nhwc,
-)
+from ..gpu.launch import Launch, answer, cdiv, channel_vector, dot_precision, needs_int64, next_power_of_2, nhwc
 from ..gpu.select import ceilings, projected_attention_config
 from ..layout import memory_format_of
 from ..mqa import triton_mqa as attention
@@ -143,6 +136,7 @@ def build(
     scale: float,
     config: AttentionConfig | None = None,
     int64: bool | None = None,
+    *,
     fuse: bool = True,
 ) -> tuple[torch.Tensor, list[Launch]]:
     """The result, in channels_last memory and not yet written, and the launches that write it.
@@ -188,22 +182,6 @@ def build(
     return y, [launch]
 
 
-def mqa_projected(
-    x: torch.Tensor,
-    query_weight: torch.Tensor,
-    query_scale: torch.Tensor | None,
-    query_shift: torch.Tensor | None,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output_weight: torch.Tensor,
-    gamma: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    heads: int,
-    scale: float,
-) -> torch.Tensor:
+def mqa_projected(x: torch.Tensor, *others: Any) -> torch.Tensor:
     """CUDA implementation of the op; NCHW input is converted, and the result goes back to its format."""
-    arguments = (x, query_weight, query_scale, query_shift, key, value, output_weight, gamma, residual, heads, scale)
-    y, launches = build(*arguments, fuse=decide(*arguments).plan.fuse_mid)
-    for launch in launches:
-        launch.run()
-    return in_format(y, memory_format_of(x))
+    return answer(build(x, *others, fuse=decide(x, *others).plan.fuse_mid), memory_format_of(x))

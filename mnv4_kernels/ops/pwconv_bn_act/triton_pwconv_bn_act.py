@@ -4,13 +4,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from ..gpu.config import GemmConfig
 from ..gpu.device import dot, grouped_tile, store_epilogue
-from ..gpu.launch import Launch, cdiv, channel_vector, dot_precision, in_format, needs_int64, nhwc
+from ..gpu.launch import Launch, answer, cdiv, channel_vector, dot_precision, needs_int64, nhwc
 from ..gpu.select import gemm_config
 from ..layout import memory_format_of
 
@@ -131,18 +133,6 @@ def build(
     return y, [matrix_launch(x, weight, scale, shift, act, gamma, residual, y, config, int64)]
 
 
-def pwconv_bn_act(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    act: str,
-    gamma: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    packed: torch.Tensor | None = None,
-) -> torch.Tensor:
+def pwconv_bn_act(x: torch.Tensor, *others: Any) -> torch.Tensor:
     """CUDA implementation of the op; NCHW input is converted, and the result goes back to its format."""
-    y, launches = build(x, weight, scale, shift, act, gamma, residual)
-    for launch in launches:
-        launch.run()
-    return in_format(y, memory_format_of(x))
+    return answer(build(x, *others), memory_format_of(x))

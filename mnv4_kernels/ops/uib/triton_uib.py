@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..dwconv_bn_act import triton_dwconv_bn_act as depthwise
 from ..dwconv_pwconv import triton_dwconv_pwconv as fused
 from ..gpu import gate
 from ..gpu.gate import Decision, Plan, UibShape
-from ..gpu.launch import Launch, in_format, nhwc
+from ..gpu.launch import Launch, answer, nhwc
 from ..gpu.select import ceilings
 from ..layout import memory_format_of
 from ..pwconv_bn_act import triton_pwconv_bn_act as pointwise
@@ -153,36 +155,6 @@ def build(
     return y, launches
 
 
-def uib(
-    x: torch.Tensor,
-    start_weight: torch.Tensor | None,
-    start_scale: torch.Tensor | None,
-    start_shift: torch.Tensor | None,
-    start_stride: list[int],
-    start_padding: list[int],
-    start_dilation: list[int],
-    expand_weight: torch.Tensor,
-    expand_scale: torch.Tensor | None,
-    expand_shift: torch.Tensor | None,
-    mid_weight: torch.Tensor | None,
-    mid_scale: torch.Tensor | None,
-    mid_shift: torch.Tensor | None,
-    mid_stride: list[int],
-    mid_padding: list[int],
-    mid_dilation: list[int],
-    act: str,
-    project_weight: torch.Tensor,
-    project_scale: torch.Tensor | None,
-    project_shift: torch.Tensor | None,
-    gamma: torch.Tensor | None,
-    residual: bool,
-) -> torch.Tensor:
+def uib(x: torch.Tensor, *others: Any) -> torch.Tensor:
     """CUDA implementation of the op; NCHW input is converted, and the result goes back to its format."""
-    y, launches = build(
-        x, start_weight, start_scale, start_shift, start_stride, start_padding, start_dilation,
-        expand_weight, expand_scale, expand_shift, mid_weight, mid_scale, mid_shift, mid_stride, mid_padding,
-        mid_dilation, act, project_weight, project_scale, project_shift, gamma, residual,
-    )  # fmt: skip
-    for launch in launches:
-        launch.run()
-    return in_format(y, memory_format_of(x))
+    return answer(build(x, *others), memory_format_of(x))
