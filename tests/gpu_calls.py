@@ -36,20 +36,21 @@ def _trained(call: Training, dtype: torch.dtype, device: str) -> Example:
 
 
 def _trained_back(call: Training, dtype: torch.dtype, device: str) -> Example:
-    x, mean, var, gamma, beta, eps, act, weight, stride, padding, dilation, moments = call.arguments(
-        dtype, "channels_last"
-    )
-    z, z_mean, _ = getattr(torch.ops.mnv4_kernels, call.op)(
-        x, mean, var, gamma, beta, eps, act, weight, stride, padding, dilation, moments
-    )
+    arguments = call.arguments(dtype, "channels_last")
     generator = torch.Generator().manual_seed(3)
+    if call.op == "bn_act":
+        grad = torch.randn(arguments[0].shape, generator=generator).to(arguments[0])
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        return Example(f"{call.op}_backward", f"{call} backward", _on(device, (grad, *arguments[:9])))
+    *given, moments = arguments
+    z, z_mean, _ = getattr(torch.ops.mnv4_kernels, call.op)(*arguments)
     grad = torch.randn(z.shape, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
     of_moments = (None,) * 4
     if moments:
         count = z.shape[1]
         of_moments = (torch.randn(count, generator=generator), torch.randn(count, generator=generator), z, z_mean)
-    given = (grad, *of_moments, x, mean, var, gamma, beta, eps, act, weight, stride, padding, dilation, True, True)
-    return Example(f"{call.op}_backward", f"{call} backward", _on(device, given))
+    back = (grad, *of_moments, *given, True, True)
+    return Example(f"{call.op}_backward", f"{call} backward", _on(device, back))
 
 
 def _two_of_each(cases: tuple[Case, ...]) -> list[Case]:
@@ -61,13 +62,18 @@ def _two_of_each(cases: tuple[Case, ...]) -> list[Case]:
     return [case for group in found.values() for case in group[1:3]]
 
 
-_DEPTHWISE = [call for call in CALLS if call.op == "bn_act_dwconv"][:2]
+#: two depthwise convolutions, a product, an image's convolution and a map's, the end of a block
+_TRAINED = [
+    *[call for call in CALLS if call.op == "bn_act_dwconv"][:2],
+    *[next(call for call in CALLS if call.op == op) for op in ("bn_act_pwconv", "bn_act_conv", "bn_act")],
+    next(call for call in CALLS if call.op == "bn_act_conv" and call.channels > 16),
+]
 
 #: name -> draws a small call of a kernel, for a dtype and a device
 SMALL_CALLS: dict[str, Draw] = {
     **{str(case): partial(_drawn, case) for case in (*_two_of_each(CASES), *FUSED) if case.op in KERNELS},
-    **{str(call): partial(_trained, call) for call in _DEPTHWISE},
-    **{f"{call}_backward": partial(_trained_back, call) for call in _DEPTHWISE},
+    **{str(call): partial(_trained, call) for call in _TRAINED},
+    **{f"{call}_backward": partial(_trained_back, call) for call in _TRAINED},
 }
 
 #: ops whose kernels have configs of their own; the others launch theirs
