@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -62,22 +63,40 @@ def _two_of_each(cases: tuple[Case, ...]) -> list[Case]:
     return [case for group in found.values() for case in group[1:3]]
 
 
-#: two depthwise convolutions, a product, an image's convolution and a map's, the end of a block
+def _attended_back(case: Case, dtype: torch.dtype, device: str) -> Example:
+    query, key, value, heads, scale = case.arguments(dtype, "channels_last", "channels_last")
+    batch, _, *size = query.shape
+    generator = torch.Generator().manual_seed(3)
+    grad = torch.randn(batch, heads * value.shape[2], *size, generator=generator).to(dtype)
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    return Example("mqa_backward", f"{case} backward", _on(device, (grad, query, key, value, heads, scale)))
+
+
+#: two depthwise convolutions, an image's convolution and a map's, a product, the end of a block
 _TRAINED = [
-    *[call for call in CALLS if call.op == "bn_act_dwconv"][:2],
-    *[next(call for call in CALLS if call.op == op) for op in ("bn_act_pwconv", "bn_act_conv", "bn_act")],
-    next(call for call in CALLS if call.op == "bn_act_conv" and call.channels > 16),
+    *[call for call in CALLS if call.op == "bn_act_dwconv" and call.channels > 16][:2],
+    next(call for call in CALLS if call.op == "bn_act_conv"),
+    *[
+        next(call for call in CALLS if call.op == op and call.channels > 16)
+        for op in ("bn_act_conv", "bn_act_pwconv", "bn_act")
+    ],
 ]
+_ATTENTION = next(case for case in _two_of_each(CASES) if case.op == "mqa")
 
 #: name -> draws a small call of a kernel, for a dtype and a device
 SMALL_CALLS: dict[str, Draw] = {
     **{str(case): partial(_drawn, case) for case in (*_two_of_each(CASES), *FUSED) if case.op in KERNELS},
     **{str(call): partial(_trained, call) for call in _TRAINED},
     **{f"{call}_backward": partial(_trained_back, call) for call in _TRAINED},
+    f"{_ATTENTION}_backward": partial(_attended_back, _ATTENTION),
 }
 
 #: ops whose kernels have configs of their own; the others launch theirs
 FAMILIES = (
+    "bn_act",
+    "bn_act_backward",
+    "bn_act_conv",
+    "bn_act_conv_backward",
     "bn_act_dwconv",
     "bn_act_dwconv_backward",
     "conv_bn_act",
@@ -87,6 +106,7 @@ FAMILIES = (
     "head",
     "kv_downsample",
     "mqa",
+    "mqa_backward",
     "mqa_projected",
     "pwconv_bn_act",
     # both products of a block in one launch
@@ -106,17 +126,18 @@ def model_examples(model: str, batch: int, dtype: torch.dtype, device: str, size
 
 
 def family_examples(family: str, dtype: torch.dtype, device: str, small: bool) -> Iterator[Example]:
-    """Calls of an op of which each has a kernel of its own: one of each depthwise geometry, else one."""
-    drawn = [draw(dtype, "cpu") for draw in SMALL_CALLS.values()] if small or family.startswith("bn_act") else []
+    """Calls of an op of which each has a kernel of its own: one of each depthwise geometry and each number of taps."""
+    training = family.startswith(("bn_act", "mqa_backward"))
+    drawn = [draw(dtype, "cpu") for draw in SMALL_CALLS.values()] if small or training else []
     own = [Example(call.op, call.role, _on(device, call.arguments)) for call in drawn if call.op == family]
     found = own if own else model_examples("hybrid_medium_075", 2, dtype, device, 128)
     seen = set()
     for call in found:
         if call.op == family:
-            (key, *_) = tune.build((call.op, call.arguments), {})[2]
-            if family == "uib" and not key.startswith("expand_project"):
+            keys = " ".join(tune.build((call.op, call.arguments), {})[2])
+            if family == "uib" and not keys.startswith("expand_project"):
                 continue
-            kind = key.rpartition("/")[2] if "dwconv" in key else ""
+            kind = tuple(re.findall(r"(?:k\d+s\d+|t\d+)\b", keys))
             if kind not in seen:
                 seen.add(kind)
                 yield call
