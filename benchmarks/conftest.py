@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ from op_cases import heaviest_cases, op_cases
 from shapes import FOLDER
 
 from mnv4_kernels.backends import device
+from mnv4_kernels.benchmark import markdown
+from mnv4_kernels.benchmark.report import provenance
 from mnv4_kernels.tables import render
 
 #: Whose heaviest call of each op is timed where no model is named: it makes all six.
@@ -43,6 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="warm",
         help="warm: calls follow each other; cold: 256 MiB are written before each (default warm)",
     )
+    group.addoption("--markdown", type=Path, help="write the tables, and how they were measured, to this file")
 
 
 @pytest.fixture
@@ -85,18 +91,25 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    tables: dict[str, Medians] = defaultdict(dict)
+    by_op: dict[str, Medians] = defaultdict(dict)
     for key, medians in config.stash[MEDIANS].items():
-        tables[key[0]][key] = medians
+        by_op[key[0]][key] = medians
     options = config.option
-    for op, rows in tables.items():
+    tables = []
+    for op, rows in by_op.items():
         names = [name for name in competitors_of(op) if any(name in medians for medians in rows.values())]
         title = (
             f"{op}: microseconds (median), batch {options.batch}, {options.threads} threads, {options.memory} caches"
         )
         head = ["case", "dtype", *names, "best other / ours"]
         cells = [[case, dtype, *_cells(names, medians)] for (_, case, dtype), medians in rows.items()]
-        terminalreporter.write_line(f"\n{render(title, head, cells)}")
+        tables.append((title, head, cells))
+    for table in tables:
+        terminalreporter.write_line(f"\n{render(*table)}")
+    if options.markdown and tables:
+        sections = [markdown.section(title, [markdown.table(head, cells)]) for title, head, cells in tables]
+        command = shlex.join(["pytest", *sys.argv[1:]])
+        options.markdown.write_text("\n".join([*sections, markdown.origin({**provenance(), "command": command})]))
 
 
 def _cells(names: list[str], medians: dict[str, float]) -> list[str]:

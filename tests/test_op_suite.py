@@ -107,11 +107,15 @@ def test_a_result_of_another_shape_gets_no_time() -> None:
 @pytest.mark.parametrize("memory", ["warm", "cold"])
 def test_the_suite_prints_a_table_an_op(memory: str, tmp_path: Path) -> None:
     options = ["--dtype", "float32", "--memory", memory, "--benchmark-max-time", "0.01", "-k", "mqa or kv_downsample"]
+    options += ["--markdown", str(tmp_path / "ops.md")]
     done = run_suite(*options, "--competitor", "eager", "--competitor", "ours", "--threads", "1", cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     for op in ("mqa", "kv_downsample"):
         assert f"\n{op}: microseconds (median), batch 1, 1 threads, {memory} caches\n" in done.stdout
     assert "best other / ours" in done.stdout
+    kept = (tmp_path / "ops.md").read_text()
+    assert kept.count("| best other / ours |") == 2
+    assert "## How this was measured" in kept
 
 
 @pytest.mark.slow

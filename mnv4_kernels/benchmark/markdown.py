@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from .profiling import Profile
 from .report import Report, fact
@@ -13,26 +14,29 @@ def render(report: Report) -> str:
     sections = []
     for result in report.results:
         notes = [*result.absent(), result.roofline(), result.lead()]
-        sections.append(_section(result.case.title, [_table(*result.table()), *map(_escaped, notes)]))
-    facts = [[name, fact(value)] for name, value in report.provenance.items()]
-    return "\n".join([*sections, _section("How this was measured", [_table(["", ""], facts)])])
+        sections.append(section(result.case.title, [table(*result.table()), *map(_escaped, notes)]))
+    return "\n".join([*sections, origin(report.provenance)])
 
 
 def render_profiles(profiles: Sequence[Profile]) -> str:
     """A section a profile: steps, blocks, and what the figures refer to."""
     return "\n".join(
-        _section(
-            found.case.title, [_table(*found.step_table()), _table(*found.block_table()), _escaped(found.footnote())]
-        )
+        section(found.case.title, [table(*found.step_table()), table(*found.block_table()), _escaped(found.footnote())])
         for found in profiles
     )
 
 
-def _section(title: str, paragraphs: Sequence[str]) -> str:
+def origin(provenance: Mapping[str, Any]) -> str:
+    """The section that says how a result was measured."""
+    return section("How this was measured", [table(["", ""], [[name, fact(it)] for name, it in provenance.items()])])
+
+
+def section(title: str, paragraphs: Sequence[str]) -> str:
+    """A heading and what stands below it."""
     return "\n\n".join([f"## {_escaped(title)}", *paragraphs]) + "\n"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns of numbers are aligned right."""
     numbers = [all(cell[:1].isdigit() for cell in column if cell) for column in zip(*rows, strict=True)]
     ruler = ["---:" if number else "---" for number in numbers or [False] * len(head)]
