@@ -95,6 +95,17 @@ def test_no_file_is_longer_than_600_lines() -> None:
     assert not long
 
 
+def test_what_torch_does_not_promise_is_in_one_file() -> None:
+    private = re.compile(
+        r"torch\.(?:\w+\.)*_(?!_)\w+|TorchVersion|hasattr\(torch\b|torch\.__version__\.|[<>=] torch\.__version__"
+    )
+    for path in tracked("mnv4_kernels/**/*.py"):
+        found = set(private.findall(path.read_text()))
+        if path.parent.name in ("compiler", "benchmark"):
+            found = {name for name in found if not name.startswith("torch._inductor")}
+        assert not found or path.name == "torch_internals.py", f"{path.relative_to(ROOT)} names {sorted(found)}"
+
+
 def test_only_ops_include_torch() -> None:
     for path in tracked("csrc/**/*.cpp", "csrc/**/*.h", "csrc/**/*.inc"):
         if path.relative_to(ROOT).parts[1] != "ops":

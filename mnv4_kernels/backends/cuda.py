@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .. import environment
-from .tracing import constant_in_graphs
+from .torch_internals import constant_in_graphs
 
 #: op -> the module, below `mnv4_kernels.ops`, that implements it
 KERNELS = {

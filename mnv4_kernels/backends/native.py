@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-from .tracing import constant_in_graphs
+from .torch_internals import VERSION, constant_in_graphs
 
 PACKAGE = Path(__file__).resolve().parent.parent
 LIBRARY = PACKAGE / "lib" / "libmnv4_kernels_ops.so"
@@ -48,8 +48,7 @@ def module() -> ModuleType:
 
 @functools.cache
 def _loaded() -> tuple[ModuleType | None, tuple[str, ...]]:
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if version < MINIMUM_TORCH:
+    if VERSION < MINIMUM_TORCH:
         minimum = ".".join(map(str, MINIMUM_TORCH))
         return None, (f"torch {torch.__version__} is older than {minimum}, whose stable ABI the library needs",)
     if not LIBRARY.exists():

@@ -11,6 +11,8 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
+from ..backends.torch_internals import OpOverload, pad_in_graphs
+
 aten = torch.ops.aten
 
 
@@ -136,7 +138,7 @@ def may_write(node: fx.Node) -> bool:
         return False
     if node.op == "call_method":
         return str(node.target).endswith("_") or "__setitem__" in str(node.target)
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         return bool(node.target._schema.is_mutable)
     name = getattr(node.target, "__name__", "")
     known = (getattr(node.target, "__module__", None) or "torch").split(".")[0] in ("torch", "_operator", "math")
@@ -302,7 +304,7 @@ _FUNCTIONS: dict[Any, Callable[..., Call]] = {
     **dict.fromkeys((torch.mean, aten.mean.dim), _mean),
     **dict.fromkeys((torch.flatten, aten.flatten.using_ints), _flatten),
     F.dropout: _dropout,
-    **dict.fromkeys((F.pad, torch._C._nn.pad, aten.pad.default), _pad),
+    **dict.fromkeys((F.pad, pad_in_graphs, aten.pad.default), _pad),
 }
 
 _METHODS: dict[Any, Callable[..., Call]] = {

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..backends import cuda
-from ..backends.tracing import opaque_to_graphs
+from ..backends.torch_internals import opaque_to_graphs
 from ..modules.dropin import DropIn
 from ..modules.network import HEAD, STEM
 from ..modules.program import FEATURES

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from ..backends.torch_internals import suggest_memory_format
+
 #: Launches before a capture: Triton compiles at the first, and libraries allocate what they keep.
 WARMUP = 2
 
@@ -122,7 +124,7 @@ class GraphCache:
         """
         if self._recorder.recording_elsewhere():
             return run(x.to(dtype))
-        key = (what, tuple(x.shape), torch._prims_common.suggest_memory_format(x))
+        key = (what, tuple(x.shape), suggest_memory_format(x))
         with self._lock, self._recorder.in_order():
             recording = self._recordings.get(key)
             if recording is None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..backends import native
-from ..backends.tracing import constant_in_graphs, untraced
+from ..backends.torch_internals import constant_in_graphs, suggest_memory_format, untraced
 from ..modules.program import FEATURES, RESULT
 from ..ops.engine import Engine, encode, engine_run, program_pack, program_run
 
@@ -174,6 +174,6 @@ class TimmPart(nn.Module):
 
 def _like(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     y = y.to(x.dtype)
-    if y.dim() == 4 and torch._prims_common.suggest_memory_format(x) == torch.channels_last:
+    if y.dim() == 4 and suggest_memory_format(x) == torch.channels_last:
         return y.contiguous(memory_format=torch.channels_last)
     return y

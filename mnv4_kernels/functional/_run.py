@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .._arguments import under_autocast
-from ..backends.tracing import forward_mode
+from ..backends.torch_internals import forward_mode
 from ..ops.support import Backend
 
 

@@ -14,7 +14,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..backends.tracing import constant_in_graphs, edited_in_graph, exporting_onnx
+from ..backends.torch_internals import (
+    constant_in_graphs,
+    edited_in_graph,
+    exporting_onnx,
+    jit_tracing_state,
+    transformed,
+)
 from ..environment import Switches
 from ..ops.layout import memory_format_of
 from ..ops.piece import piece, remember
@@ -78,9 +84,9 @@ class DropIn(nn.Module):
             obstacle = _input_obstacle(x)
             if obstacle:
                 return obstacle
-        if torch._C._get_tracing_state() is not None:
+        if jit_tracing_state() is not None:
             return TRACING
-        if _transformed():
+        if transformed():
             return TRANSFORMED
         if not self.training and torch.is_autocast_enabled(x.device.type):
             return AUTOCAST
@@ -239,18 +245,13 @@ def _traced_obstacle(x: Any, training: bool) -> str:
         return COMPILING_GRADIENTS
     if torch.is_autocast_enabled(x.device.type):
         return AUTOCAST
-    return TRANSFORMED if _transformed() else _input_obstacle(x)
+    return TRANSFORMED if transformed() else _input_obstacle(x)
 
 
 @constant_in_graphs
 def _say_onnx() -> None:
     # said once an export by Python's filter: every block comes by
     warnings.warn(f"mnv4_kernels: {ONNX}, as from the unpatched model", stacklevel=2)
-
-
-@constant_in_graphs
-def _transformed() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 @constant_in_graphs

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..backends.tracing import constant_in_graphs
+from ..backends.torch_internals import constant_in_graphs
 from ..environment import Switches
 from . import leaves
 from .plan import Body, dtype_of, in_order

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..backends.torch_internals import suggest_memory_format
 from . import leaves
 from .dropin import DropIn
 from .head import head_steps
@@ -284,5 +285,4 @@ def _chosen(ends: Sequence[int], indices: int | Sequence[int] | None) -> list[in
 
 
 def _is_nhwc(x: torch.Tensor) -> bool:
-    # torch's rule for convolutions: strides decide, also where sizes of one make both formats true
-    return torch._prims_common.suggest_memory_format(x) is torch.channels_last
+    return suggest_memory_format(x) is torch.channels_last

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from ..backends.torch_internals import below_autograd
 from ..environment import Switches
 from . import gpu, leaves
 from .steps import Call, Fused, Own, Step
@@ -95,7 +96,7 @@ class Plan:
         """
         if not self._differentiable:
             return self.call(x)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return self.call(x)
 
     def run_differentiably(self, x: torch.Tensor) -> torch.Tensor:

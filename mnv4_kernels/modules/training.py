@@ -17,6 +17,7 @@ from torch import nn
 
 from .. import ops
 from ..backends import native
+from ..backends.torch_internals import foreach_add_, foreach_lerp_, foreach_mul
 from ..environment import Switches
 from ..ops import DIRECT
 from . import gpu, leaves
@@ -70,13 +71,13 @@ class _Statistics:
             self._update_in_graph()
             return
         with torch.no_grad():
-            torch._foreach_add_([norm.num_batches_tracked for norm in self.norms], 1)
-            unbiased = torch._foreach_mul(self.variances, [count / max(1, count - 1) for count in self.counts])
+            foreach_add_([norm.num_batches_tracked for norm in self.norms], 1)
+            unbiased = foreach_mul(self.variances, [count / max(1, count - 1) for count in self.counts])
             for momentum, members in self._groups().items():
                 running = [self.norms[i].running_mean for i in members] + [self.norms[i].running_var for i in members]
                 batch = [self.means[i] for i in members] + [unbiased[i] for i in members]
                 batch = [new.to(old.dtype) for new, old in zip(batch, running, strict=True)]
-                torch._foreach_lerp_(running, batch, momentum)
+                foreach_lerp_(running, batch, momentum)
 
     def _update_in_graph(self) -> None:
         # the compiler joins these calls itself, and a factor that is a symbol is none of foreach's scalars

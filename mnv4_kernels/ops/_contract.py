@@ -12,6 +12,15 @@ from typing import Any, cast
 
 import torch
 
+from ..backends.torch_internals import (
+    KEYS_BELOW_AUTOGRAD,
+    DispatchKey,
+    DispatchKeySet,
+    any_requires_grad,
+    below_autograd,
+    without_key,
+)
+
 NAMESPACE = "mnv4_kernels"
 
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -77,7 +86,7 @@ def differentiable_by(op: Callable[..., Any], backward: Callable[..., Any], form
     setup_context, vjp = formula(backward)
 
     def forward(ctx: Any, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             output = op(*args)
         setup_context(ctx, args, output)
         return output
@@ -89,18 +98,17 @@ def differentiable_by(op: Callable[..., Any], backward: Callable[..., Any], form
 
 def _register_autograd(name: str, op: Any, differentiable: Callable[..., Any]) -> None:
     """`differentiable` where a gradient is wanted, else straight on; sooner than `register_autograd` does."""
-    keys_below = torch._C._after_autograd_keyset
 
     def autograd(keys: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if torch.is_grad_enabled() and any_requires_grad(*args):
             return differentiable(*args)
-        return op.redispatch(keys & keys_below, *args)
+        return op.redispatch(keys & KEYS_BELOW_AUTOGRAD, *args)
 
     LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
 
 
 def _register_autocast(name: str, op: Any, cast: list[int], device: str) -> None:
-    key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
+    key = DispatchKeySet(getattr(DispatchKey, f"Autocast{device}"))
     device_type = device.lower()
 
     def autocast(*args: Any) -> Any:
@@ -109,7 +117,7 @@ def _register_autocast(name: str, op: Any, cast: list[int], device: str) -> None
         for index in cast:
             if index < len(values):
                 values[index] = _cast(values[index], dtype, device_type)
-        with torch._C._ExcludeDispatchKeyGuard(key):
+        with without_key(key):
             return op(*values)
 
     LIBRARY.impl(name, autocast, f"Autocast{device}")

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ..backends.torch_internals import DelayedError
+
 #: arguments of every convolution that trains: x, mean, var, gamma, beta, eps, act, weight
 _TENSORS = (0, 1, 2, 3, 4, 7)
 _WEIGHT = 7
@@ -26,7 +28,7 @@ def once(values: Sequence[torch.Tensor | None], *sources: torch.Tensor | None) -
     if not recording:
         return list(values)
     present = [value.detach().requires_grad_() for value in values if value is not None]
-    error = torch._C._functions.DelayedError(TWICE, len(present))
+    error = DelayedError(TWICE, len(present))
     found = error(*present)
     marked = iter(found if isinstance(found, tuple) else (found,))
     return [None if value is None else next(marked) for value in values]

@@ -17,7 +17,7 @@ import torch
 
 from .. import environment
 from ..backends import cuda, native
-from ..backends.tracing import constant_in_graphs
+from ..backends.torch_internals import constant_in_graphs
 
 #: Answers where no backend can.
 REFERENCE = "reference"

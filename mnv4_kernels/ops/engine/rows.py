@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from ...backends import native
-from ...backends.tracing import constant_in_graphs
+from ...backends.torch_internals import constant_in_graphs
 from ..activation import ACTIVATIONS
 
 

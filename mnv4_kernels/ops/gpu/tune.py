@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ... import tuned
 from ...backends.cuda import KERNELS
+from ...backends.torch_internals import TorchDispatchMode
 from .config import (
     AttentionConfig,
     Config,

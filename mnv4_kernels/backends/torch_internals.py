@@ -1,4 +1,8 @@
-"""What `torch.compile` may take for granted, and what it is doing: all that depends on torch's internals."""
+"""All of torch that no version promises to the next: private names, and what torch.compile is told and asked.
+
+No other file names them, but for inductor's in `compiler` and `benchmark`. What is otherwise in another version of
+torch is mended here.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,31 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
+import torch._prims_common
 import torch.utils._python_dispatch
+
+#: the version's first two numbers
+VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+DispatchKey = torch._C.DispatchKey
+DispatchKeySet = torch._C.DispatchKeySet
+KEYS_BELOW_AUTOGRAD = torch._C._after_autograd_keyset
+below_autograd = torch._C._AutoDispatchBelowAutograd
+without_key = torch._C._ExcludeDispatchKeyGuard
+any_requires_grad = torch._C._any_requires_grad
+#: an autograd node that raises in its backward
+DelayedError = torch._C._functions.DelayedError
+foreach_add_ = torch._foreach_add_
+foreach_lerp_ = torch._foreach_lerp_
+foreach_mul = torch._foreach_mul
+#: not None while torch.jit traces
+jit_tracing_state = torch._C._get_tracing_state
+OpOverload = torch._ops.OpOverload
+#: what Dynamo writes into a graph for torch.nn.functional.pad
+pad_in_graphs = torch._C._nn.pad
+#: torch's rule for convolutions: strides decide, also where sizes of one make both formats true
+suggest_memory_format = torch._prims_common.suggest_memory_format
+TorchDispatchMode = torch.utils._python_dispatch.TorchDispatchMode
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -24,6 +52,12 @@ def constant_in_graphs(function: Function) -> Function:
 def forward_mode() -> bool:
     """True in `torch.func.jvp` or a dual level: ops have no forward-mode derivative, PyTorch takes it for zero."""
     return torch.autograd.forward_ad._current_level >= 0
+
+
+@constant_in_graphs
+def transformed() -> bool:
+    """True inside a transform of torch.func, and in forward mode."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_mode()
 
 
 @constant_in_graphs
