@@ -5,11 +5,13 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "engine/team.h"
 #include "kernels/gemm/gemm.h"
 #include "kernels/pointwise/pointwise.h"
 
@@ -43,12 +45,27 @@ Tensor viewed(const Tensor& t, const IntList& size, int64_t offset = 0);
 Tensor scratch(int64_t n);
 float* floats(const Tensor& t);
 
-// f(begin, end) over [0, tasks), at most one range a thread; inline where one task is all there is.
+// f(begin, end) over [0, tasks), in several ranges a thread: each has a run of its own, and who is done helps others
+// with the ends of theirs. Inline where one task is all there is.
 template <class F>
 void parallel(int64_t tasks, const F& f) {
   if (tasks <= 0) return;
   if (tasks == 1) return f(int64_t{0}, int64_t{1});
-  torch::stable::parallel_for(0, tasks, 1, f);
+  const int64_t workers = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  if (workers == 1) return f(int64_t{0}, tasks);
+  std::vector<engine::Queue> queues(static_cast<size_t>(workers));
+  for (int64_t w = 0; w < workers; ++w) {
+    queues[static_cast<size_t>(w)].reset(tasks * w / workers, tasks * (w + 1) / workers);
+  }
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+    int64_t begin = 0, end = 0;
+    for (int64_t w = first; w < last; ++w) {
+      while (queues[static_cast<size_t>(w)].take_front(1, &begin, &end)) f(begin, end);
+    }
+    for (int64_t i = 1; i < workers; ++i) {
+      while (queues[static_cast<size_t>((first + i) % workers)].take_back(1, &begin, &end)) f(begin, end);
+    }
+  });
 }
 
 // A [N, C, H, W] tensor as float32 [N][H][W][C] with strides in elements: a view where it already is one, else a copy.
