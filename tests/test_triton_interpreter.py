@@ -21,6 +21,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 HERE = Path(__file__).parent
 FILES = [*sorted((HERE / "triton_interpreted").glob("interpreted_*.py")), HERE / "test_triton_gpu.py"]
 
+#: Of training: half of the time.
+SLOW = {"bn_act", "bn_act_conv", "bn_act_dwconv", "mqa_backward"}
 
 Runs = dict[Path, "Future[subprocess.CompletedProcess[str]]"]
 
@@ -41,7 +43,12 @@ def _run(file: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem.removeprefix("interpreted_"))
+def _parameter(file: Path) -> Any:
+    name = file.stem.removeprefix("interpreted_")
+    return pytest.param(file, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+
+
+@pytest.mark.parametrize("file", map(_parameter, FILES))
 def test_kernel_matches_its_reference_in_the_interpreter(file: Path, runs: Runs) -> None:
     done = runs[file].result()
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
