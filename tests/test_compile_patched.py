@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from engines import needs_engine
-from models import HYBRID, NAMES, SMALL, assert_same_strides, create, images, tensors_of
+from models import HYBRID, NAMES, SMALL, assert_same_strides, create, images, randomize_, tensors_of
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
@@ -164,6 +164,35 @@ def test_inductor_gives_a_piece_the_layout_that_it_finds() -> None:
     assert not [call for call in calls_of(code) if "clone" in call or "copy" in call]
 
 
+class Between(nn.Module):
+    """Our ops between convolutions that inductor computes in NHWC, whatever the images' format."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(16, 32, 3, padding=1), nn.Conv2d(32, 16, 3, padding=1)
+        self.depthwise = nn.Parameter(torch.randn(32, 1, 3, 3))
+        self.pointwise = nn.Parameter(torch.randn(32, 32, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = mk.functional.dwconv_bn_act(self.first(x), self.depthwise, act="relu", padding=1)
+        y = mk.functional.pwconv_bn_act(y, self.pointwise)
+        z: torch.Tensor = self.last(y)
+        return z
+
+
+def test_inductor_copies_no_map_round_a_bare_op() -> None:
+    # the trap: convolutions become NHWC, and their neighbours' inputs are copied back to the NCHW that eager has
+    model, x = Between().eval(), torch.randn(2, 16, 20, 24)
+    # graphs on disk don't know the ops' tags
+    network = torch.compile(model, fullgraph=True, options={"fx_graph_cache": False})
+    result, (code,) = run_and_get_code(network, x)
+    torch.testing.assert_close(result, model(x), rtol=1e-4, atol=1e-4)
+    assert "dwconv_bn_act.default" in code
+    images_nhwc, map_nchw = "(2, 16, 20, 24), (7680, 1, 384, 16)", "(2, 32, 20, 24), (15360, 480, 24, 1)"
+    assert images_nhwc in code
+    assert map_nchw not in code
+
+
 def calls_of(code: str) -> list[str]:
     """The kernels and ops that a generated graph calls, in order."""
     body = code[code.index("def call(") : code.index("runner = Runner")]
@@ -171,12 +200,20 @@ def calls_of(code: str) -> list[str]:
     return [call for call in found if "assert" not in call]
 
 
+def another(model: Any) -> dict[str, torch.Tensor]:
+    """The state of a model of the same structure with other values."""
+    twin = mk.unpatch(copy.deepcopy(model))
+    for parameter in twin.parameters():
+        parameter.mul_(1.25)
+    return randomize_(twin, seed=5).state_dict()
+
+
 def load_another(model: Any) -> None:
-    model.load_state_dict(create(SMALL, seed=5).state_dict())
+    model.load_state_dict(another(model))
 
 
 def assign_another(model: Any) -> None:
-    model.load_state_dict(create(SMALL, seed=5).state_dict(), assign=True)
+    model.load_state_dict(another(model), assign=True)
 
 
 def step(model: Any) -> None:
@@ -225,8 +262,6 @@ def train_inside(model: Any) -> None:
     ],
 )
 def test_a_change_after_compilation_is_seen(change: Callable[[Any], None], options: dict[str, Any]) -> None:
-    if options and change in (load_another, assign_another):
-        pytest.skip("other weights are those of a classifier")
     model = patched(SMALL, **options)
     network = compiled(model)
     before = tensors_of(network(images()))

@@ -51,11 +51,21 @@ def _fresh() -> Iterator[None]:
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("name", [SMALL, HYBRID, "mobilenetv4_conv_aa_medium"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((SMALL, options) for options in OPTIONS),
+        (HYBRID, {}),
+        *(
+            pytest.param(name, options, marks=pytest.mark.slow)
+            for name in (HYBRID, "mobilenetv4_conv_aa_medium")
+            for options in OPTIONS
+            if options or name != HYBRID
+        ),
+    ],
+    ids=str,
+)
 def test_the_shapes_are_known_without_running(name: str, options: dict[str, Any]) -> None:
-    if "_aa_" in name and "output_stride" in options:
-        pytest.skip("timm has no anti-aliasing with output_stride")
     fast = mk.optimize(create(name, **options), strict=True)
     (part,) = fast.parts
     for size in SIZES:
