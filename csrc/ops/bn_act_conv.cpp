@@ -250,12 +250,13 @@ Tensor weight_of(const Shape& s, const ThroughMoments& result, const InputNorm& 
   });
   WeightGradient found(weight);
   for (int64_t o = 0; o < s.outputs; ++o) {
+    const float* row = sum + (o / kPanel * per_panel * kPanel + o % kPanel) * kPanel;
+    float* to = found.data() + o * s.channels * s.taps;
     for (int64_t c = 0; c < s.channels; ++c) {
       for (int64_t tap = 0; tap < s.taps; ++tap) {
         const int64_t lane = planar ? tap * s.channels + c : c;
         const int64_t block = planar ? lane / kPanel : tap * in_panels + c / kPanel;
-        const int64_t from = ((o / kPanel * per_panel + block) * kPanel + o % kPanel) * kPanel + lane % kPanel;
-        found.data()[(o * s.channels + c) * s.taps + tap] = sum[from];
+        *to++ = row[block * kTile + lane % kPanel];
       }
     }
   }

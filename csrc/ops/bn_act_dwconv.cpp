@@ -200,11 +200,10 @@ SixTensors bn_act_dwconv_backward(Tensor grad, OptionalTensor grad_mean, Optiona
   if (need_weight) {
     const std::vector<double> joined = join(floats(partial), in.batch, padded * taps);
     WeightGradient result_weight(weight);
+    float* to = result_weight.data();
     for (int64_t c = 0; c < channels; ++c) {
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        const int64_t from = (c / kPanel * taps + tap) * kPanel + c % kPanel;
-        result_weight.data()[c * taps + tap] = static_cast<float>(joined[static_cast<size_t>(from)]);
-      }
+      const double* from = joined.data() + c / kPanel * taps * kPanel + c % kPanel;
+      for (int64_t tap = 0; tap < taps; ++tap) *to++ = static_cast<float>(from[tap * kPanel]);
     }
     d_weight = result_weight.finish();
   }

@@ -73,7 +73,8 @@ Moments::Moments(int64_t parts, int64_t channels)
     : parts_(parts),
       channels_(channels),
       padded_(round_up(channels, kPanel)),
-      partial_(scratch(std::max<int64_t>(1, parts * 2 * padded_))) {}
+      partial_(scratch(std::max<int64_t>(1, parts * 2 * padded_))),
+      data_(floats(partial_)) {}
 
 std::tuple<Tensor, Tensor> Moments::finish(const std::vector<int64_t>& counts) {
   Tensor mean = scratch(channels_), var = scratch(channels_);
@@ -93,11 +94,13 @@ std::tuple<Tensor, Tensor> Moments::finish(const std::vector<int64_t>& counts) {
     }
     total = joined;
   }
+  float* to_mean = floats(mean);
+  float* to_var = floats(var);
   for (int64_t c = 0; c < channels_; ++c) {
     const auto i = static_cast<size_t>(c);
     // no pixel at all: NaN, as in torch
-    floats(mean)[c] = static_cast<float>(total > 0 ? means[i] : std::nan(""));
-    floats(var)[c] = static_cast<float>(squares[i] / total);
+    to_mean[c] = static_cast<float>(total > 0 ? means[i] : std::nan(""));
+    to_var[c] = static_cast<float>(squares[i] / total);
   }
   return {mean, var};
 }
@@ -140,10 +143,14 @@ MomentsGradient ThroughMoments::rows(int64_t image, int64_t row, int64_t channel
 }
 
 std::vector<double> join(const float* parts, int64_t count, int64_t width) {
+  constexpr int64_t kStep = 2048;
   std::vector<double> sums(static_cast<size_t>(width), 0.0);
-  for (int64_t part = 0; part < count; ++part) {
-    for (int64_t i = 0; i < width; ++i) sums[static_cast<size_t>(i)] += parts[part * width + i];
-  }
+  parallel(div_up(width, kStep), [&](int64_t begin, int64_t end) {
+    const int64_t last = std::min(width, end * kStep);
+    for (int64_t part = 0; part < count; ++part) {
+      for (int64_t i = begin * kStep; i < last; ++i) sums[static_cast<size_t>(i)] += parts[part * width + i];
+    }
+  });
   return sums;
 }
 
@@ -207,11 +214,12 @@ WeightGradient::WeightGradient(const Tensor& weight) {
   out_ = fresh(size, weight.scalar_type());
   type_ = storage_of(weight, "weight");
   wide_ = type_ == Storage::kFloat32 ? out_ : scratch(weight.numel());
+  data_ = floats(wide_);
 }
 
 Tensor WeightGradient::finish() {
   if (type_ != Storage::kFloat32) {
-    pointwise_kernels().narrow(floats(wide_), type_, out_.mutable_data_ptr(), out_.numel());
+    pointwise_kernels().narrow(data_, type_, out_.mutable_data_ptr(), out_.numel());
   }
   return out_;
 }

@@ -37,7 +37,7 @@ class InputNorm {
 class Moments {
  public:
   Moments(int64_t parts, int64_t channels);
-  float* mean(int64_t part) { return floats(partial_) + part * 2 * padded_; }
+  float* mean(int64_t part) { return data_ + part * 2 * padded_; }
   float* m2(int64_t part) { return mean(part) + padded_; }
   // (mean, biased variance); of parts of `counts` pixels.
   std::tuple<Tensor, Tensor> finish(const std::vector<int64_t>& counts);
@@ -45,6 +45,7 @@ class Moments {
  private:
   int64_t parts_, channels_, padded_;
   Tensor partial_;
+  float* data_;
 };
 
 // What a result's gradient gets through its moments.
@@ -96,11 +97,12 @@ void round_to(Storage type, float* values, int64_t n);
 class WeightGradient {
  public:
   explicit WeightGradient(const Tensor& weight);
-  float* data() { return floats(wide_); }
+  float* data() { return data_; }
   Tensor finish();
 
  private:
   Tensor out_, wide_;
+  float* data_;
   Storage type_;
 };
 
