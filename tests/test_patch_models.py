@@ -16,6 +16,7 @@ from models import (
     SMALL,
     assert_as_exact,
     assert_patched_is_as_exact,
+    convolutions,
     create,
     double_of,
     images,
@@ -25,6 +26,7 @@ from models import (
 import mnv4_kernels as mk
 
 timm = pytest.importorskip("timm")
+AA, BLUR = "mobilenetv4_conv_aa_medium", "mobilenetv4_conv_blur_medium"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -72,7 +74,7 @@ def test_verify_passes_on_a_patched_model(name: str) -> None:
     assert [check.name for check in report.checks][:: len(report.checks) - 1] == ["stem", "(whole model)"]
 
 
-@pytest.mark.parametrize("name", [SMALL, HYBRID])
+@pytest.mark.parametrize("name", [SMALL, HYBRID, AA, BLUR])
 def test_a_network_runs_as_one_program(name: str) -> None:
     model = create(name)
     mk.patch(model)
@@ -80,6 +82,46 @@ def test_a_network_runs_as_one_program(name: str) -> None:
         assert ops_called(lambda: model(images())) == ["engine_create", "engine_run"]
         # packed once, when the plan is made
         assert ops_called(lambda: model(images())) == ["engine_run"]
+
+
+@pytest.mark.parametrize(
+    ("name", "attribute", "value"),
+    [(AA, "stride", 1), (AA, "kernel_size", 1), (BLUR, "stride", 1), (BLUR, "pad_mode", "reflect")],
+)
+def test_a_change_of_an_anti_aliasing_pool_is_seen(name: str, attribute: str, value: Any) -> None:
+    model = create(name)
+    mk.patch(model)
+    with torch.no_grad():
+        before = model(images())
+        setattr(first_pool(model), attribute, value)
+        assert not torch.equal(model(images()), before)
+    assert_as_exact_as_unpatched(model)
+
+
+def test_a_blur_pools_filter_edited_and_its_hooks_are_seen() -> None:
+    model = create(BLUR)
+    mk.patch(model)
+    pool = first_pool(model)
+    with torch.no_grad():
+        before = model(images())
+        pool.filt.mul_(1.5)
+        assert not torch.equal(model(images()), before)
+        seen: list[Any] = []
+        pool.register_forward_hook(lambda *_: seen.append(1))
+        model(images())
+    assert len(seen) == 1
+    assert_as_exact_as_unpatched(model)
+
+
+def first_pool(model: torch.nn.Module) -> Any:
+    return next(module for name, module in model.named_modules() if name.endswith(".aa"))
+
+
+def assert_as_exact_as_unpatched(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        actual = model(images())
+        mk.unpatch(model)
+        assert_as_exact(actual, model(images()), double_of(model)(images().double()), convolutions(model))
 
 
 @pytest.mark.parametrize("name", [SMALL, HYBRID])

@@ -15,7 +15,7 @@ from .dropin import BlockForward
 from .plan import Body
 from .steps import Convolution, Own, Step, convolution, optional
 
-ANTI_ALIASING = "anti-aliasing pool: no op computes it"
+ANTI_ALIASING = "anti-aliasing pool: no op computes it; on a CPU the program of a whole network does"
 SQUEEZE_EXCITE = "squeeze-and-excitation: no op computes it"
 
 

@@ -36,6 +36,9 @@ ACTS: dict[type[nn.Module], Callable[[Any], str]] = {
 #: classes of layer scales: y = x * gamma
 LAYER_SCALES: set[type[nn.Module]] = set()
 
+#: anti-aliasing by a fixed depthwise filter, which the engine has a node for
+BLUR_POOLS: set[type[nn.Module]] = set()
+
 #: global pool class -> why an instance is no plain global average, empty: it is
 POOLS: dict[type[nn.Module], Callable[[Any], str]] = {}
 

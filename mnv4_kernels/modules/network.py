@@ -66,7 +66,7 @@ def expand_body(network: nn.Module) -> Body:
 
 
 def whole_body(network: nn.Module) -> Body:
-    """Stem, blocks and head, if ops compute all of them; else nothing."""
+    """Stem, blocks and head, if ops or, between them, the engine's pools compute all of them; else nothing."""
     stem, head = stem_body(network), head_body(network, classifier=True)
     inner: Any = sections("blocks", network._modules["blocks"])  # type: ignore[arg-type]
     steps: list[Step] = [*stem.steps, *inner, *head.steps]

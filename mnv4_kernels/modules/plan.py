@@ -145,9 +145,12 @@ def in_order(body: Body) -> Run:
 
 
 def formula_of(body: Body, x: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
-    """What timm computes in eval mode for a body of ops only, over explicit tensors."""
+    """What timm computes in eval mode, over explicit tensors of what ops compute."""
     y, start = x, 0
-    for step in body.fused:
+    for step in body.steps:
+        if isinstance(step, Own):
+            y = step.module(y)
+            continue
         end = start + len(step.tensors())
         y = step.formula(y, tensors[start:end])
         start = end

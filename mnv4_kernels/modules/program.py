@@ -145,11 +145,18 @@ def _obstacle(step: Any) -> str:
         root = float(attention.key_dim) ** -0.5
         return "" if abs(step.scale - root) <= 1e-12 else f"attention scale {step.scale}"
     assert isinstance(step, Own)
+    return pool_obstacle(step)
+
+
+def pool_obstacle(step: Own) -> str:
+    """Why the engine has no node for a piece that no op computes; empty: it is a pool that it has one for."""
     pool: Any = step.module
+    if leaves.tampered(pool):
+        return f"{step.name}: {leaves.tampered(pool)}"
     if type(pool) is nn.AvgPool2d:
         if pool.ceil_mode or pool.divisor_override or (pool.padding != 0 and not pool.count_include_pad):
             return f"{step.name}: AvgPool2d with ceil_mode, divisor_override or uncounted padding"
         return ""
-    if type(pool).__name__ == "BlurPool2d" and getattr(pool, "pad_mode", "") in _BLUR_PADDING:
+    if type(pool) in leaves.BLUR_POOLS and pool.pad_mode in _BLUR_PADDING:
         return ""
     return f"{step.name}: {step.reason}"

@@ -16,12 +16,13 @@ from torch import nn
 from . import leaves
 from .dropin import DropIn, make_room
 from .plan import Body, fake_of, formula_of
+from .program import pool_obstacle
 from .steps import Call, Own, Step
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A block all of whose steps are ops."""
+    """A block all of whose steps are ops, or pools that the engine computes."""
 
     name: str
     block: DropIn
@@ -68,7 +69,8 @@ def sections(name: str, module: nn.Module) -> list[Step]:
     if leaves.tampered(module) or type(module)._mnv4_base not in type(module).__bases__:
         return [Own(name, module, leaves.tampered(module) or f"{type(module).__name__} may compute something else")]
     body = module._mnv4_body("")
-    if body.own or not body.fused:
+    on_gpu = any(map(leaves.on_gpu, module.parameters()))
+    if not body.fused or any(on_gpu or pool_obstacle(step) for step in body.own):
         return [Own(name, module, "some of its pieces are timm's own")]
     make_room(module)
     return [Section(name, module, body)]

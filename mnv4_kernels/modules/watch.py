@@ -33,6 +33,8 @@ _backward_hooks = (itemgetter("_backward_hooks"), itemgetter("_backward_pre_hook
 _CONV = ("stride", "padding", "dilation", "padding_mode")
 _NORM = ("eps",)
 _GELU = ("approximate",)
+_AVERAGE = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+_BLUR = ("stride", "pad_mode", "padding", "filt_size")
 
 
 HOOKED = "a forward hook on an inner module, or a global one"
@@ -184,6 +186,10 @@ def _getters(
             groups.setdefault(_NORM, []).append(vars(module))
         elif type(module) is nn.GELU:
             groups.setdefault(_GELU, []).append(vars(module))
+        elif type(module) is nn.AvgPool2d:
+            groups.setdefault(_AVERAGE, []).append(vars(module))
+        elif type(module) in leaves.BLUR_POOLS:
+            groups.setdefault(_BLUR, []).append(vars(module))
     for module, names in settings:
         groups.setdefault(tuple(names), []).append(vars(module))
     return [(itemgetter(*names), states) for names, states in groups.items()]

@@ -1,4 +1,4 @@
-"""A network without a piece of timm's own as one step: one program of the engine, in one call.
+"""A network without a piece that is timm's alone as one step: one program of the engine, in one call.
 
 Op by op, a batch's activations pass through memory between any two of them, and each
 call costs microseconds; the engine keeps what it can in cache, in one parallel region.

@@ -17,6 +17,7 @@ from timm.layers import (
 )
 from timm.layers.activations import GELU, GELUTanh
 from timm.layers.attention2d import MultiQueryAttention2d
+from timm.layers.blur_pool import BlurPool2d
 from timm.layers.conv2d_same import Conv2dSame
 from timm.models._efficientnet_blocks import ConvBnAct, EdgeResidual, MobileAttention, UniversalInvertedResidual
 from timm.models.mobilenetv3 import MobileNetV3, MobileNetV3Features
@@ -96,6 +97,7 @@ leaves.NORMS.update((BatchNormAct2d, *leaves.FROZEN_NORMS))
 leaves.ACTS[GELU] = lambda act: "gelu"
 leaves.ACTS[GELUTanh] = lambda act: "gelu_tanh"
 leaves.LAYER_SCALES.add(LayerScale2d)
+leaves.BLUR_POOLS.add(BlurPool2d)
 leaves.POOLS[SelectAdaptivePool2d] = _pool_reason
 leaves.LINEARS.add(Linear)
 leaves.DROPS.add(DropPath)
