@@ -59,6 +59,8 @@ def test_the_gate_chooses_a_plan_of_every_block_and_gives_reasons_for_the_others
             text = decision.explain()
             assert decision.plan.name in text
             assert all(f"not {plan.name}: {reason}" in text for plan, reason in decision.declined)
+            one_launch = any(plan.fuse_products for plan in plans)
+            assert ("not in one launch: " in text) != one_launch
 
 
 @pytest.mark.parametrize("batch", BATCHES)

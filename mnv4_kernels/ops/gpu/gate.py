@@ -148,18 +148,21 @@ class Plan:
 
 @dataclass(frozen=True)
 class Decision:
-    """The plan that was chosen, and every plan that was not, with the reason."""
+    """The plan that was chosen, every other with the reason, and why there is no plan of fewer launches."""
 
     plan: Plan
     declined: tuple[tuple[Plan, str], ...] = field(default=())
+    impossible: str = ""
 
     def explain(self) -> str:
-        """One line for the choice and one for each plan that was declined."""
+        """One line for the choice, one for each plan that was declined, and one for what no kernel can do."""
         chosen = " -> ".join(f"{step.op}({step.role})" for step in self.plan.steps)
         times = f", {self.plan.repeats} times {self.plan.images} images" if self.plan.repeats > 1 else ""
         cost = f"predicted {self.plan.us:.1f} us, {self.plan.memory / 2**20:.1f} MiB"
         lines = [f"{self.plan.name}: {chosen}{times}; {cost}"]
         lines += [f"  not {plan.name}: {reason}" for plan, reason in self.declined]
+        if self.impossible:
+            lines.append(f"  not in one launch: {self.impossible}")
         return "\n".join(lines)
 
 
@@ -366,28 +369,38 @@ def depthwise_pair(shape: DepthwisePairShape, element_size: int = 2, ceilings: C
 @lru_cache(maxsize=1024)
 def attention(shape: AttentionShape, element_size: int = 2, ceilings: Ceilings | None = None) -> Decision:
     """The faster plan of attention between its projections."""
-    return _decide(attention_plans(shape, element_size, ceilings))
+    plans = attention_plans(shape, element_size, ceilings)
+    too_much = f"a program holds no {shape.outputs} outputs beside {shape.keys} keys"
+    return _decide(plans, "" if len(plans) > 1 else too_much)
 
 
 @lru_cache(maxsize=1024)
 def uib(shape: UibShape, element_size: int = 2, ceilings: Ceilings | None = None) -> Decision:
     """The fastest plan of a block by prediction; a fusion that saves less than `MARGIN` is declined."""
-    return _decide(uib_plans(shape, element_size, ceilings))
+    if shape.mid_kernel:
+        impossible = "dw_mid reads the neighbours of an expanded pixel, and Triton can't shift a tile"
+    elif shape.outputs > MAX_PRODUCTS_OUTPUTS:
+        impossible = f"a program holds {MAX_PRODUCTS_OUTPUTS} outputs, not {shape.outputs}"
+    else:
+        impossible = ""
+    return _decide(uib_plans(shape, element_size, ceilings), impossible)
 
 
 @lru_cache(maxsize=1024)
 def conv_pair(shape: ConvPairShape, element_size: int = 2, ceilings: Ceilings | None = None) -> Decision:
     """The same of a dense convolution and the 1x1 convolution behind it."""
-    return _decide(conv_pair_plans(shape, element_size, ceilings))
+    too_wide = f"a program holds {MAX_PAIR_HIDDEN} hidden channels, not {shape.hidden}"
+    plans = conv_pair_plans(shape, element_size, ceilings)
+    return _decide(plans, too_wide if shape.hidden > MAX_PAIR_HIDDEN else "")
 
 
-def _decide(plans: list[Plan]) -> Decision:
+def _decide(plans: list[Plan], impossible: str = "") -> Decision:
     best = plans[0]
     for plan in plans[1:]:
         if plan.us < best.us * (1 - MARGIN):
             best = plan
     declined = tuple((plan, _reason(plan, best)) for plan in plans if plan is not best)
-    return Decision(best, declined)
+    return Decision(best, declined, impossible)
 
 
 def _reason(plan: Plan, best: Plan) -> str:
