@@ -48,6 +48,7 @@ class TestStep:
         assert count_flops(nn.Sequential(first, second), (1, 3, 5, 5), train=True) == 2 * one + 3 * two
 
 
+@pytest.mark.slow
 class TestMeasure:
     def test_runtimes_that_train_are_judged_by_their_gradients_and_timed(self) -> None:
         result = measure(STEP, select(["eager", "ours patched"], train=True), Protocol(rounds=1, seconds=0.0))
@@ -58,6 +59,7 @@ class TestMeasure:
             assert row.error > 0
         assert "training step" in result.case.title
 
+    @pytest.mark.slow
     def test_wrong_gradients_are_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("mnv4_kernels.benchmark.rounds.TRAINING_GATE", 0.0)
         (row,) = measure(STEP, select(["ours patched"], train=True), Protocol(rounds=1, seconds=0.0)).rows
@@ -75,6 +77,7 @@ class TestCommand:
         assert main(["bench", "conv_small_035", "--train", "--profile"]) == 2
         assert "leave out --train" in capsys.readouterr().err
 
+    @pytest.mark.slow
     def test_the_table_and_the_file_name_the_step(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         file = tmp_path / "train.json"
         command = ["bench", "conv_small_035", "--train", "--runtimes", "eager", "--json", str(file)]

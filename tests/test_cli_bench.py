@@ -184,6 +184,7 @@ class TestRuntimes:
 
 
 class TestMeasure:
+    @pytest.mark.slow
     def test_a_failing_or_missing_runtime_keeps_its_row_with_the_reason(self) -> None:
         eager = RUNTIMES[0]
         unknown = Runtime("abacus", eager.how, ours=True)
@@ -230,6 +231,7 @@ class TestMeasure:
                 kit.convert(Foreign("model.onnx", here, here), tmp_path)
             assert not (kit.folder / "model.onnx").exists()
 
+    @pytest.mark.slow
     def test_preparing_fills_the_cache_and_measuring_reads_it(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -243,6 +245,7 @@ class TestMeasure:
         assert row.missing is not None
         assert row.missing.startswith("wrong")
 
+    @pytest.mark.slow
     def test_workers_import_the_package_that_started_them(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -459,6 +462,7 @@ class TestCommand:
         assert "onnx\\_runtime: failed: a\\|b \\<unknown\\> \\`x\\`" in written
         assert "| command | bench |" in written
 
+    @pytest.mark.slow
     def test_a_resumed_run_keeps_what_is_there_and_measures_the_rest(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

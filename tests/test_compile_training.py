@@ -128,7 +128,8 @@ def test_what_trains_otherwise_trains_as_in_eager(options: dict[str, Any]) -> No
         torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-5 * value.abs().max().item(), msg=name)
 
 
-@pytest.mark.parametrize("marked", [False, slow(True)])
+@pytest.mark.slow
+@pytest.mark.parametrize("marked", [False, True])
 def test_one_compilation_trains_at_all_sizes(marked: bool) -> None:
     model = patched()
     network = compiled(model, dynamic=None if marked else True, backend="aot_eager")

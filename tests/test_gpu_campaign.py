@@ -142,6 +142,7 @@ def test_every_stage_makes_rows_without_a_device(tmp_path: Path, monkeypatch: py
     assert len(commands) == 4
 
 
+@pytest.mark.slow
 def test_what_the_campaign_gives_pytest_selects_the_tests_that_are_meant() -> None:
     files = {path for path in (ROOT / "tests").glob("test_*.py") if path.name != Path(__file__).name}
     marked = {path.name for path in files if re.search(r"mark\.gpu\b|\bDEVICES\b", path.read_text())}

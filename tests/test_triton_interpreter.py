@@ -21,8 +21,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 HERE = Path(__file__).parent
 FILES = [*sorted((HERE / "triton_interpreted").glob("interpreted_*.py")), HERE / "test_triton_gpu.py"]
 
-#: Of training: half of the time.
-SLOW = {"bn_act", "bn_act_conv", "bn_act_dwconv", "mqa_backward"}
+#: Of training, of whole models, of the campaign: most of the time.
+SLOW = {"bn_act", "bn_act_conv", "bn_act_dwconv", "campaign", "models", "mqa_backward"}
 
 Runs = dict[Path, "Future[subprocess.CompletedProcess[str]]"]
 
@@ -48,7 +48,7 @@ def _parameter(file: Path) -> Any:
     return pytest.param(file, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
 
 
-@pytest.mark.parametrize("file", map(_parameter, FILES))
+@pytest.mark.parametrize("file", [_parameter(file) for file in FILES])
 def test_kernel_matches_its_reference_in_the_interpreter(file: Path, runs: Runs) -> None:
     done = runs[file].result()
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

@@ -23,29 +23,27 @@ MNV4_INLINE Vec exp(Vec x) {
   return scale_by_power_of_two(y, n);
 }
 
-// erf x: x p(x^2) for |x| < 1, else 1 - e^g(|x|) (minimax fits; absolute error below 2e-7).
-MNV4_INLINE Vec erf(Vec x) {
-  const Vec one = Vec::broadcast(1.0f);
-  const Vec t = min(Vec::broadcast(4.0f), abs(x));
-  const Vec s = t * t;
-  Vec p = Vec::broadcast(7.88912147982046e-05f);
-  p = fma(p, s, Vec::broadcast(-0.0008020841632969677f));
-  p = fma(p, s, Vec::broadcast(0.005189535208046436f));
-  p = fma(p, s, Vec::broadcast(-0.026854444295167923f));
-  p = fma(p, s, Vec::broadcast(0.11283600330352783f));
-  p = fma(p, s, Vec::broadcast(-0.3761262595653534f));
-  p = fma(p, s, Vec::broadcast(1.1283791065216064f));
-  Vec g = Vec::broadcast(0.00018797208031173795f);
-  g = fma(g, t, Vec::broadcast(-0.002964009763672948f));
-  g = fma(g, t, Vec::broadcast(0.021906491369009018f));
-  g = fma(g, t, Vec::broadcast(-0.1032562330365181f));
-  g = fma(g, t, Vec::broadcast(-0.6379649639129639f));
-  g = fma(g, t, Vec::broadcast(-1.1272022724151611f));
-  g = fma(g, t, Vec::broadcast(-0.00031246498110704124f));
-  return select_less(t, one, x * p, copy_sign(one - exp(g), x));
-}
-
 MNV4_INLINE Vec clamp(Vec low, Vec high, Vec x) { return min(high, max(low, x)); }
+
+// erf x = x p(x^2) / q(x^2): a minimax fit on |x| <= 4, where its rounded value is 1. The error is 3.4e-7 at most, 5e-8
+// as the root of the mean square. Half the time of a polynomial below 1 and an exponential above.
+MNV4_INLINE Vec erf(Vec x) {
+  const Vec t = clamp(Vec::broadcast(-4.0f), Vec::broadcast(4.0f), x);
+  const Vec s = t * t;
+  Vec p = Vec::broadcast(1.9748101749428315e-06f);
+  p = fma(p, s, Vec::broadcast(0.0002880411338992417f));
+  p = fma(p, s, Vec::broadcast(0.004003670532256365f));
+  p = fma(p, s, Vec::broadcast(0.053467556834220886f));
+  p = fma(p, s, Vec::broadcast(0.19624969363212585f));
+  p = fma(p, s, Vec::broadcast(1.128378987312317f));
+  Vec q = Vec::broadcast(3.748068047570996e-05f);
+  q = fma(q, s, Vec::broadcast(0.0012163642095401883f));
+  q = fma(q, s, Vec::broadcast(0.01544447336345911f));
+  q = fma(q, s, Vec::broadcast(0.11647670716047287f));
+  q = fma(q, s, Vec::broadcast(0.5072529315948486f));
+  q = fma(q, s, Vec::broadcast(1.0f));
+  return clamp(Vec::broadcast(-1.0f), Vec::broadcast(1.0f), t * p / q);
+}
 
 // NaN passes through every branch: max and min give their second operand where one is NaN.
 MNV4_INLINE Vec activate(Activation act, Vec x) {

@@ -56,17 +56,12 @@ MNV4_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v
 // the second operand wins where either is NaN
 MNV4_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 MNV4_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
-MNV4_INLINE Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
 MNV4_INLINE Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 // a * 2^n, n integral
 MNV4_INLINE Vec scale_by_power_of_two(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 // a < b ? x : y, lane by lane
 MNV4_INLINE Vec select_less(Vec a, Vec b, Vec x, Vec y) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
-}
-MNV4_INLINE Vec copy_sign(Vec magnitude, Vec sign) {
-  const __m512 bit = _mm512_set1_ps(-0.0f);
-  return {_mm512_or_ps(_mm512_andnot_ps(bit, magnitude.v), _mm512_and_ps(bit, sign.v))};
 }
 MNV4_INLINE float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 MNV4_INLINE float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }

@@ -75,15 +75,11 @@ MNV4_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 // the second operand wins where either is NaN
 MNV4_INLINE Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
 MNV4_INLINE Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
-MNV4_INLINE Vec abs(Vec a) { return {float_of(bits_of(a.v) & 0x7fffffffu)}; }
 MNV4_INLINE Vec round(Vec a) { return {::nearbyintf(a.v)}; }
 // a * 2^n, n integral
 MNV4_INLINE Vec scale_by_power_of_two(Vec a, Vec n) { return {::ldexpf(a.v, static_cast<int>(n.v))}; }
 // a < b ? x : y
 MNV4_INLINE Vec select_less(Vec a, Vec b, Vec x, Vec y) { return {a.v < b.v ? x.v : y.v}; }
-MNV4_INLINE Vec copy_sign(Vec magnitude, Vec sign) {
-  return {float_of((bits_of(magnitude.v) & 0x7fffffffu) | (bits_of(sign.v) & 0x80000000u))};
-}
 MNV4_INLINE float reduce_add(Vec a) { return a.v; }
 MNV4_INLINE float reduce_max(Vec a) { return a.v; }
 
