@@ -45,6 +45,8 @@ FAMILIES = (
     "pwconv_bn_act",
 )
 
+TRAINING = tuple(name for name in FAMILIES if name.startswith("bn_act") or name.endswith("_backward"))
+
 
 def _nhwc(*size: int) -> torch.Tensor:
     return torch.empty(size, dtype=torch.bfloat16, device="meta").to(memory_format=torch.channels_last)
@@ -148,7 +150,9 @@ def _launches(family: str) -> list[Launch]:
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.slow] if name in TRAINING else []) for name in FAMILIES]
+)
 def test_the_heuristic_config_of_a_kernel_neither_spills_nor_overflows_shared_memory(
     family: str, capability: int
 ) -> None:
