@@ -285,6 +285,8 @@ class TestChanges:
             lambda: setattr(model.convs[0], "weight", nn.Parameter(torch.randn(8, 8, 1, 1))),
             lambda: setattr(model.convs[2].weight, "data", torch.randn(8, 8, 1, 1)),
             lambda: model.load_state_dict(chain().state_dict(), assign=True),
+            # in place through `.data` leaves no trace
+            lambda: (model.convs[3].weight.data.mul_(2), mnv4_kernels.refresh(model)),
         ]
         for change in changes:
             change()

@@ -74,9 +74,11 @@ def slow_but(*quick: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", slow_but(SMALL, HYBRID, "mobilenetv4_conv_blur_medium"))
-def test_every_model_is_one_graph_of_nothing_but_pieces(name: str) -> None:
+def test_every_model_is_one_graph_of_nothing_but_pieces_for_all_sizes(name: str) -> None:
     model, recorder = patched(name), Recorder()
-    assert_same(compiled(model, backend=recorder)(images()), model(images()))
+    network = compiled(model, dynamic=True, backend=recorder)
+    for size in SIZES[:2]:
+        assert_same(network(images(*size)), model(images(*size)))
     (graph,) = recorder.graphs
     calls = {node.target for node in graph.graph.nodes if node.op != "placeholder" and node.op != "output"}
     assert {target for target in calls if target is not getattr} == {piece}
@@ -124,13 +126,29 @@ def test_marked_axes_are_served_by_one_compilation(axes: tuple[int, ...]) -> Non
     assert len(recorder.graphs) == 1
 
 
-def test_parameters_are_not_guarded_one_by_one() -> None:
-    model = patched(HYBRID)
-    explained = torch._dynamo.explain(model)(images())
-    assert explained.graph_break_count == 0
-    guards = [guard for guard in explained.out_guards if "_parameters" in guard.name or "_buffers" in guard.name]
-    assert not guards
-    assert len(explained.out_guards) < 100
+def guarded(model: Any) -> list[str]:
+    """What the only compilation of `model` guards, after calls at all sizes and other weights."""
+    compilations: list[list[str]] = []
+
+    def keep(entries: Any) -> list[bool]:
+        compilations.append([entry.name for entry in entries])
+        return [True] * len(entries)
+
+    network = compiled(model, dynamic=True, options={"guard_filter_fn": keep})
+    for size in SIZES:
+        network(images(*size))
+    load_another(model)
+    step(model)
+    assert_same(network(images()), model(images()))
+    (guards,) = compilations
+    return guards
+
+
+@pytest.mark.parametrize("options", [WHOLE, pytest.param(BLOCKS, marks=pytest.mark.slow)], ids=str)
+def test_guards_grow_with_neither_the_network_nor_the_calls(options: dict[str, Any]) -> None:
+    small, large = (guarded(patched(name, **options)) for name in (SMALL, HYBRID))
+    assert len(small) == len(large)
+    assert not [name for name in large if "_parameters" in name or "_buffers" in name]
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
@@ -226,6 +244,16 @@ def edit_in_place(model: Any) -> None:
     model.blocks[1][0].conv.weight.mul_(1.5)
 
 
+def give_other_memory(model: Any) -> None:
+    weight = model.blocks[1][0].conv.weight
+    weight.data = weight.data * 1.5
+
+
+def edit_without_a_trace(model: Any) -> None:
+    model.blocks[1][0].conv.weight.data.mul_(1.5)
+    mk.refresh(model)
+
+
 def edit_statistics(model: Any) -> None:
     model.bn1.running_var.add_(1.0)
 
@@ -254,6 +282,8 @@ def train_inside(model: Any) -> None:
         assign_another,
         step,
         edit_in_place,
+        give_other_memory,
+        edit_without_a_trace,
         edit_statistics,
         edit_attribute,
         exchange_module,

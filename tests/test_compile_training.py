@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from engines import needs_engine
-from models import HYBRID, SMALL, assert_as_exact, convolutions, double_of, images
+from models import HYBRID, NAMES, SMALL, assert_as_exact, convolutions, double_of, images
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
@@ -90,7 +90,7 @@ def assert_trains_as_eager(
         torch.testing.assert_close(actual[name], value, rtol=tolerance, atol=tolerance * largest, msg=name)
 
 
-@pytest.mark.parametrize("name", [SMALL, HYBRID])
+@pytest.mark.parametrize("name", [name if name in (SMALL, HYBRID) else slow(name) for name in NAMES])
 def test_a_network_in_train_mode_is_one_graph_of_training_ops(name: str) -> None:
     model, recorder = patched(name), Recorder()
     compiled(model, backend=recorder)(images())

@@ -217,13 +217,16 @@ def refresh(model: nn.Module) -> None:
     """Forgets what was folded of `model`'s parameters; the next call reads them anew.
 
     Needed only after edits that leave no trace in a tensor: in place through `.data`, a
-    numpy view or another process's memory.
+    numpy view or another process's memory. For patched models, compiled or not, and for
+    models compiled by the backend "mnv4_kernels".
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
         if isinstance(module, DropIn):
             make_room(module).clear()
+    # for engines of compiled graphs, which are kept by their tensors' versions
+    torch.autograd.graph.increment_version([*model.parameters(), *model.buffers()])
 
 
 def _traced_obstacle(x: Any, training: bool) -> str:
