@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from mnv4_kernels import patch
 from mnv4_kernels.benchmark.case import Case, create_input, create_model
 from mnv4_kernels.benchmark.flops import count_flops
 from mnv4_kernels.benchmark.rounds import Protocol, measure
@@ -33,6 +34,24 @@ class TestStep:
         expected = (weight / weight.norm()).flatten()
         last = slice(-len(expected) - twin.classifier.bias.numel(), -twin.classifier.bias.numel())
         torch.testing.assert_close(found[last], expected)
+
+    def test_what_it_keeps_for_the_backward_is_counted_once_and_without_parameters(self) -> None:
+        x = torch.randn(4, 3, 8, 8)
+        conv, relu = nn.Conv2d(3, 6, 3), nn.ReLU()
+        model = nn.Sequential(conv, relu, nn.Flatten(), nn.Linear(6 * 36, 2))
+        step = TrainingStep(model, model, x, torch.float32)
+        # the activated map, which two read; the loss keeps log probabilities, the sum of their weights
+        assert step.saved_mb() == pytest.approx((4 * 6 * 36 + 4 * 2 + 1) * 4e-6)
+        assert TrainingStep(model, lambda x: model(x), x, torch.float32).saved_mb() is None
+
+    def test_a_patched_model_keeps_at_most_three_fifths_of_what_eager_keeps(self) -> None:
+        model, x = create_model(STEP), create_input(STEP)
+        eager = TrainingStep(model, model, x, torch.float32).saved_mb()
+        patch(model)
+        patched = TrainingStep(model, model, x, torch.float32).saved_mb()
+        assert eager is not None
+        assert patched is not None
+        assert patched <= 0.6 * eager
 
     def test_it_changes_parameters_and_statistics(self) -> None:
         model, x = create_model(STEP), create_input(STEP)

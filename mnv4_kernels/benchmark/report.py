@@ -48,6 +48,8 @@ class Row:
     #: the most that the process held while it ran and while it loaded, beyond what it held with the runtime imported
     memory_mb: float | None = None
     loading_mb: float | None = None
+    #: of a training step: activations that are kept for the backward
+    saved_mb: float | None = None
     #: of a runtime in an environment of its own
     version: str | None = None
     #: why there is no time
@@ -145,9 +147,14 @@ class CaseResult:
         return self.case.batch / row.median * 1e3 if row.median else None
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Column heads and cells of what was timed, at most 80 characters wide."""
+        """Column heads and cells of what was timed; but for a step's last column at most 80 characters wide."""
         head = ["runtime", "ms", "+-", "img/s", "MB", "speed-up", "error", "floor"]
-        return head, [self._cells(row) for row in self.rows if row.turns]
+        timed = [row for row in self.rows if row.turns]
+        cells = [self._cells(row) for row in timed]
+        if self.case.train:
+            saved = ["" if row.saved_mb is None else f"{row.saved_mb:.0f}" for row in timed]
+            return [*head, "saved"], [[*line, cell] for line, cell in zip(cells, saved, strict=True)]
+        return head, cells
 
     def absent(self) -> list[str]:
         """A line for each runtime without a time: its name and why."""
@@ -196,10 +203,14 @@ class CaseResult:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CaseResult:
         """What `as_dict` wrote; raises `ValueError` on a file of another format."""
-        stored = {entry.name for entry in fields(Row)}
+        # files of before it was counted have no `saved_mb`
+        stored = {entry.name for entry in fields(Row)} - {"saved_mb"}
         try:
             rows = [
-                Row(**{**{name: row[name] for name in stored}, "turns": [Turn(**turn) for turn in row["turns"]]})
+                Row(
+                    **{**{name: row[name] for name in stored}, "turns": [Turn(**turn) for turn in row["turns"]]},
+                    saved_mb=row.get("saved_mb"),
+                )
                 for row in values["rows"]
             ]
             return cls(

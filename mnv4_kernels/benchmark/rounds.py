@@ -212,6 +212,7 @@ def _build(case: Case, runtime: Runtime, row: Row, folder: Path, protocol: Proto
     else:
         row.error, row.error_float32 = answer["error"], answer["error_float32"]
         row.loading_mb, row.version = answer["loading_mb"], answer.get("version")
+        row.saved_mb = answer.get("saved_mb")
         # not `>`: NaN is wrong too
         if row.error is not None and row.error <= gate:
             return worker

@@ -39,6 +39,28 @@ class TrainingStep:
         # a bias before a BatchNorm has a gradient of rounding errors only
         return torch.cat([grad / grad.norm().clamp_min(1e-3 * largest) for grad in found]).detach()
 
+    def saved_mb(self) -> float | None:
+        """Activation memory: what a forward keeps for the backward, each storage once, without parameters and images.
+
+        None where a compiler made the forward: it would make another one under the hooks that count.
+        """
+        if self._forward is not self._model:
+            return None
+        given = (*self._model.parameters(), *self._model.buffers(), self._x, self._labels)
+        kept: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage
+            return tensor
+
+        # held until the end: no address is given out twice
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            self._loss()
+        for tensor in given:
+            kept.pop(tensor.untyped_storage().data_ptr(), None)
+        return sum(storage.nbytes() for storage in kept.values()) / 1e6
+
     def __call__(self) -> torch.Tensor:
         """The whole step; the loss."""
         loss = self._backward()
@@ -47,10 +69,13 @@ class TrainingStep:
 
     def _backward(self) -> torch.Tensor:
         self._optimizer.zero_grad()
+        loss = self._loss()
+        loss.backward()
+        return loss
+
+    def _loss(self) -> torch.Tensor:
         with torch.enable_grad():
             low = self._dtype in (torch.bfloat16, torch.float16)
             with torch.autocast("cpu", self._dtype if low else torch.bfloat16, enabled=low):
                 logits = self._forward(self._x)
-            loss = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), self._labels)
-            loss.backward()
-        return loss
+            return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), self._labels)

@@ -70,7 +70,8 @@ def build(case: Case, name: str, folder: Path, turns: Turns) -> Answer:
     if case.train:
         assert runtime.trainer is not None, "what can't train is not selected"
         step = TrainingStep(*runtime.trainer(create_model(case), x), DTYPES[case.dtype])
-        return {**judge(step, folder), **turns.built(step)}
+        answer = {**judge(step, folder), **turns.built(step)}
+        return {**answer, "saved_mb": step.saved_mb()}
     run: Run = runtime.how(create_model(case), x, DTYPES[case.dtype])
     return {**check(run().float().numpy(), folder), **turns.built(run)}
 
