@@ -58,6 +58,7 @@ def _dwconv_bn_act_fwd_kernel(
     acc = depthwise_rows(
         x_ptr, w_ptr, i_n, o_oh, o_ow, m_p, o_c, m_c, height, width, channels,
         PAD_T, PAD_L, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, DILATION_H, DILATION_W, ROWS, BLOCK_P, BLOCK_C,
+        None, None, None, "none",
     )  # fmt: skip
     # all loads before the first store: Triton can't know that y overlaps neither scale nor shift
     b_y = ()

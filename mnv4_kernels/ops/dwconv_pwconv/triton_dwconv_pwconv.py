@@ -93,6 +93,7 @@ def _dwconv_pwconv_fwd_kernel(
         b_h = depthwise_rows(
             x_ptr, dw_ptr, i_n, o_oh, o_ow, m_p, o_c, m_c, height, width, channels,
             PAD_T, PAD_L, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, DILATION_H, DILATION_W, ROWS, BLOCK_P, BLOCK_K,
+            None, None, None, "none",
         )  # fmt: skip
         summed = ()
         for row in tl.static_range(ROWS):

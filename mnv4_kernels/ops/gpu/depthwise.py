@@ -55,10 +55,11 @@ def depthwise_rows(
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    b_mean=None,  # [C] of a normalisation of x, with
-    b_slope=None,  # [C] and
-    b_beta=None,  # [C]
-    ACT: tl.constexpr = "none",  # applied to the normalised x
+    b_mean,  # [C] of a normalisation of x, or None, with
+    b_slope,  # [C] and
+    b_beta,  # [C]
+    # applied to the normalised x; no default: Triton 3.6 takes none that is a string
+    ACT: tl.constexpr,
 ):
     """ROWS float32 tiles [P, C]: output rows o_oh ... o_oh + ROWS - 1 of each column.
 
