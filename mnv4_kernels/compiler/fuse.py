@@ -28,7 +28,8 @@ from .layers import Layer
 
 log = logging.getLogger(__name__)
 
-#: Fewer convolutions than this are inductor's: handing maps over costs two copies.
+#: Fewer convolutions than this are inductor's: handing maps over costs two copies. With 1, DenseNet-121, all in parts
+#: of one or two, takes 1.28 times as long; with 4, MobileNet-V3 small 1.15.
 FEWEST = 3
 
 _MODES = ("_set_grad_enabled", "_enter_autocast", "_enter_inference_mode")
