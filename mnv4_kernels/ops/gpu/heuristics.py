@@ -154,8 +154,9 @@ def training_gemm(
     block_m, block_n = config.block_m, min(config.block_n, 128)
     if backward and block_n == 128:
         block_m = min(block_m, 64)
-    # of forward tiles of 32 rows ptxas spills a value with four warps on sm_90, whatever the stages
-    warps = 8 if block_m * block_n >= 128 * 64 or (block_m == 32 and not backward) else 4
+    # with four warps ptxas spills of forward tiles of 32 rows on sm_90, of 128 rows and few columns on sm_80 and sm_86,
+    # whatever the stages
+    warps = 8 if block_m * block_n >= 128 * 64 or (block_m in (32, 128) and not backward) else 4
     return replace(
         config, block_m=block_m, block_n=block_n, block_k=min(config.block_k, 128 // element_size), warps=warps
     )
