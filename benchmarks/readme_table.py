@@ -1,4 +1,7 @@
-"""Rewrites the README's results from the files in benchmarks/results; `--check` only tells whether they agree."""
+"""Rewrites the README's results and a page of each file in benchmarks/results; `--check` only tells if they agree.
+
+The page has every case, the README those with the most threads.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +19,31 @@ NOTHING = "No result file is in `benchmarks/results` yet.\n"
 
 
 def table(files: list[Path]) -> str:
-    """Markdown: for each file where it was measured, a table for each dtype and number of threads, a row a case."""
-    sections = [_section(file) for file in files]
+    """Markdown for the README: the cases with the most threads of each file, and where its page is."""
+    sections = []
+    for file in files:
+        results = json.loads(file.read_text())["results"]
+        threads = max(result["case"]["threads"] for result in results)
+        link = f"[all cases](benchmarks/results/{file.stem}.md)"
+        sections.append(_section(file, [result for result in results if result["case"]["threads"] == threads], link))
     return "\n".join(sections) or NOTHING
 
 
-def _section(file: Path) -> str:
-    data = json.loads(file.read_text())
-    where = data["provenance"]
-    results = sorted(data["results"], key=_order)
+def page(file: Path) -> str:
+    """Markdown: every case of a result file."""
+    results = json.loads(file.read_text())["results"]
+    heading = f"# {file.stem}\n\nWritten by `python benchmarks/readme_table.py`.\n\n"
+    return heading + _section(file, results, f"[all figures]({file.name})")
+
+
+def _section(file: Path, cases: list[dict[str, Any]], link: str) -> str:
+    """Where it was measured, and a table for each dtype and number of threads, a row a case."""
+    where = json.loads(file.read_text())["provenance"]
+    results = sorted(cases, key=_order)
     lines = [
         f"{where['cpu']}, torch {where['versions']['torch']}: milliseconds, medians over rounds. *Best other* is the "
         "fastest of what is not ours, in brackets of how many; *share* is the floor over the better of ours; the last "
-        f"column is that one's lead, with its interval ([all figures](benchmarks/results/{file.name}))."
+        f"column is that one's lead, with its interval ({link})."
     ]
     for kind in dict.fromkeys(map(_kind, results)):
         lines += ["", f"| {kind} | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
@@ -77,13 +92,15 @@ def rewritten(readme: str, content: str) -> str:
 
 
 def main() -> int:
-    """Rewrites the README, or with `--check` returns 1 if that would change it."""
+    """Rewrites the README and the pages, or with `--check` returns 1 if that would change one."""
+    files = sorted(RESULTS.glob("*.json"))
     readme = ROOT / "README.md"
-    before = readme.read_text()
-    after = rewritten(before, table(sorted(RESULTS.glob("*.json"))))
+    wanted = {readme: rewritten(readme.read_text(), table(files))}
+    wanted |= {file.with_suffix(".md"): page(file) for file in files}
     if "--check" in sys.argv[1:]:
-        return int(before != after)
-    readme.write_text(after)
+        return int(any(not path.exists() or path.read_text() != text for path, text in wanted.items()))
+    for path, text in wanted.items():
+        path.write_text(text)
     return 0
 
 
