@@ -1,6 +1,6 @@
 """Rewrites the README's results and a page of each file in benchmarks/results; `--check` only tells if they agree.
 
-The page has every case, the README those with the most threads.
+The page has every case, with the least times beside the medians; the README those with the most threads.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 START = "<!-- results: written by benchmarks/readme_table.py -->\n"
 END = "<!-- end of results -->"
 COLUMNS = ("floor", "best other", "ours patched", "ours optimized", "share", "lead")
+LEAST = ("least of others", "least of ours", "its share")
 NOTHING = "No result file is in `benchmarks/results` yet.\n"
 
 
@@ -32,11 +33,14 @@ def table(files: list[Path]) -> str:
 def page(file: Path) -> str:
     """Markdown: every case of a result file."""
     results = json.loads(file.read_text())["results"]
-    heading = f"# {file.stem}\n\nWritten by `python benchmarks/readme_table.py`.\n\n"
-    return heading + _section(file, results, f"[all figures]({file.name})")
+    heading = (
+        f"# {file.stem}\n\nWritten by `python benchmarks/readme_table.py`. The last three columns are of the "
+        "fastest calls, which other work on the machine disturbed least.\n\n"
+    )
+    return heading + _section(file, results, f"[all figures]({file.name})", least=True)
 
 
-def _section(file: Path, cases: list[dict[str, Any]], link: str) -> str:
+def _section(file: Path, cases: list[dict[str, Any]], link: str, *, least: bool = False) -> str:
     """Where it was measured, and a table for each dtype and number of threads, a row a case."""
     where = json.loads(file.read_text())["provenance"]
     results = sorted(cases, key=_order)
@@ -45,9 +49,10 @@ def _section(file: Path, cases: list[dict[str, Any]], link: str) -> str:
         "fastest of what is not ours, in brackets of how many; *share* is the floor over the better of ours; the last "
         f"column is that one's lead, with its interval ({link})."
     ]
+    columns = COLUMNS + (LEAST if least else ())
     for kind in dict.fromkeys(map(_kind, results)):
-        lines += ["", f"| {kind} | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
-        lines += [_row(result) for result in results if _kind(result) == kind]
+        lines += ["", f"| {kind} | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+        lines += [_row(result, least) for result in results if _kind(result) == kind]
     return "\n".join(lines) + "\n"
 
 
@@ -65,7 +70,7 @@ def _name(result: dict[str, Any]) -> str:
     return str(result["case"]["model"].removeprefix("mobilenetv4_"))
 
 
-def _row(result: dict[str, Any]) -> str:
+def _row(result: dict[str, Any], least: bool) -> str:
     case = result["case"]
     rows = {row["name"]: row for row in result["rows"] if row["median_ms"]}
     others = {name: row["median_ms"] for name, row in rows.items() if not row["ours"]}
@@ -80,6 +85,14 @@ def _row(result: dict[str, Any]) -> str:
         f"{result['floor_ms'] / fastest:.0%}" if fastest else "-",
         f"{ratio['value']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else "-",
     ]
+    if least:
+        others = {name: row["min_ms"] for name, row in rows.items() if not row["ours"]}
+        ours = min((row["min_ms"] for row in rows.values() if row["ours"]), default=None)
+        cells += [
+            f"{min(others, key=lambda name: others[name])} {min(others.values()):.2f}" if others else "-",
+            f"{ours:.2f}" if ours else "-",
+            f"{result['floor_ms'] / ours:.0%}" if ours else "-",
+        ]
     return f"| {' | '.join(cells)} |"
 
 
