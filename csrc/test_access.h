@@ -272,25 +272,30 @@ inline void define(py::module_& m) {
       py::arg("scale"), "The gradient of softmax's argument, row by row, in place of the weights' gradient.");
   m.def(
       "winograd_terms",
-      [](const std::string& name, const py::buffer& x, int64_t x_row, int64_t tiles, int64_t channels,
+      [](const std::string& name, int64_t stride, const py::buffer& x, int64_t x_row, int64_t tiles, int64_t channels,
          const py::buffer& terms, int64_t term) {
-        const float* rows[kWinogradTerms];
-        for (int i = 0; i < kWinogradTerms; ++i) rows[i] = static_cast<const float*>(data(x)) + i * x_row;
-        find(winograd_rows(), name).make_terms(rows, tiles, channels, static_cast<float*>(data(terms, true)), term);
+        const float* rows[kWinogradMostTerms];
+        for (int i = 0; i < kWinogradForms[stride - 1].terms; ++i) {
+          rows[i] = static_cast<const float*>(data(x)) + i * x_row;
+        }
+        const WinogradTransforms& transforms = find(winograd_rows(), name).of_stride[stride - 1];
+        transforms.make_terms(rows, tiles, channels, static_cast<float*>(data(terms, true)), term);
       },
-      py::arg("name"), py::arg("x"), py::arg("x_row"), py::arg("tiles"), py::arg("channels"), py::arg("terms"),
-      py::arg("term"), "Terms of a row of tiles, from five rows of pixels x_row apart.");
+      py::arg("name"), py::arg("stride"), py::arg("x"), py::arg("x_row"), py::arg("tiles"), py::arg("channels"),
+      py::arg("terms"), py::arg("term"),
+      "Terms of a row of tiles, from as many rows of pixels x_row apart as it takes.");
   m.def(
       "winograd_rows",
-      [](const std::string& name, const py::buffer& sums, int64_t tiles, int64_t width, const std::string& act,
-         const py::buffer& y, int64_t y_row, int64_t y_pixel) {
+      [](const std::string& name, int64_t stride, const py::buffer& sums, int64_t tiles, int64_t width,
+         const std::string& act, const py::buffer& y, int64_t y_row, int64_t y_pixel) {
         auto* first = static_cast<float*>(data(y, true));
         float* const rows[] = {first, y_row ? first + y_row : nullptr};
-        find(winograd_rows(), name)
-            .make_rows(static_cast<const float*>(data(sums)), tiles, width, activation(act), rows, y_pixel);
+        const WinogradTransforms& transforms = find(winograd_rows(), name).of_stride[stride - 1];
+        transforms.make_rows(static_cast<const float*>(data(sums)), tiles, width, activation(act), rows, y_pixel);
       },
-      py::arg("name"), py::arg("sums"), py::arg("tiles"), py::arg("width"), py::arg("act"), py::arg("y"),
-      py::arg("y_row"), py::arg("y_pixel"), "Two rows of `width` pixels y_row apart, or one where that is 0.");
+      py::arg("name"), py::arg("stride"), py::arg("sums"), py::arg("tiles"), py::arg("width"), py::arg("act"),
+      py::arg("y"), py::arg("y_row"), py::arg("y_pixel"),
+      "Two rows of `width` pixels y_row apart, or one where that is 0.");
 }
 
 }  // namespace test_access

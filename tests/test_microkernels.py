@@ -477,22 +477,31 @@ def test_the_way_back_through_softmax(kernel: dict[str, Any]) -> None:
 winograd_rows = pytest.mark.parametrize("kernel", rows_of("winograd"))
 
 
+# along an axis a tile's terms of its inputs and two outputs of its sums, in the order of kernels/winograd/winograd.h
+WINOGRAD_TERMS = {
+    1: [[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]],
+    2: [[1, 0, -1, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, -1, 0, 1], [0, 0, 0, 1, 0]],
+}
+WINOGRAD_OUTPUTS = {1: [[1, 1, 1, 0], [0, 1, -1, -1]], 2: [[1, 1, 0], [0, 1, 1]]}
+
+
 @winograd_rows
+@pytest.mark.parametrize("stride", WINOGRAD_TERMS)
 @pytest.mark.parametrize("channels", [1, 7, 8, 16, 24, 33])
-def test_winograds_terms(kernel: dict[str, Any], channels: int) -> None:
-    # the order is that of kernels/winograd/winograd.h
-    term_of = torch.tensor([[1, 0, -1, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, -1, 0, 1], [0, 0, 0, 1, 0]])
+def test_winograds_terms(kernel: dict[str, Any], stride: int, channels: int) -> None:
+    term_of = torch.tensor(WINOGRAD_TERMS[stride]).double()
+    inputs = len(term_of)
     for tiles in (1, 2, 5):
-        width = 4 * tiles + 1
+        width = 2 * stride * (tiles - 1) + inputs
         x_row, plane = width * channels + 3, tiles * channels + 2
-        x = Guarded(4 * x_row + width * channels)
-        pixels = x.values.as_strided((5, width, channels), (x_row, channels, 1))
-        pixels.copy_(random(5, width, channels))
-        terms = Guarded(24 * plane + tiles * channels)
-        kernels.winograd_terms(kernel["listed_name"], x.buffer, x_row, tiles, channels, terms.buffer, plane)
-        windows = pixels.double().unfold(1, 5, 4)
-        exact = torch.einsum("ay,bx,ytcx->abtc", term_of.double(), term_of.double(), windows)
-        layout = (5, 5, tiles, channels), (5 * plane, plane, channels, 1)
+        x = Guarded((inputs - 1) * x_row + width * channels)
+        pixels = x.values.as_strided((inputs, width, channels), (x_row, channels, 1))
+        pixels.copy_(random(inputs, width, channels))
+        terms = Guarded((inputs**2 - 1) * plane + tiles * channels)
+        kernels.winograd_terms(kernel["listed_name"], stride, x.buffer, x_row, tiles, channels, terms.buffer, plane)
+        windows = pixels.double().unfold(1, inputs, 2 * stride)
+        exact = torch.einsum("ay,bx,ytcx->abtc", term_of, term_of, windows)
+        layout = (inputs, inputs, tiles, channels), (inputs * plane, plane, channels, 1)
         error = (terms.values.as_strided(*layout).double() - exact).abs()
         assert bool((error <= 4 * EPS * windows.abs().amax()).all())
         mine = torch.zeros_like(terms.values, dtype=torch.bool)
@@ -501,22 +510,28 @@ def test_winograds_terms(kernel: dict[str, Any], channels: int) -> None:
 
 
 @winograd_rows
+@pytest.mark.parametrize("stride", WINOGRAD_OUTPUTS)
 @pytest.mark.parametrize("act", ACTIVATIONS)
-def test_winograds_sums_make_two_rows(kernel: dict[str, Any], act: str) -> None:
-    share = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]]).double()
+def test_winograds_sums_make_two_rows(kernel: dict[str, Any], act: str, stride: int) -> None:
+    share = torch.tensor(WINOGRAD_OUTPUTS[stride]).double()
+    count = share.shape[1]
     for width, rows in itertools.product((1, 2, 5, 6), (1, 2)):
         tiles = -(-width // 2)
-        sums = Guarded.of(random(3, 3, tiles, PANEL))
+        sums = Guarded.of(random(count, count, tiles, PANEL))
         y_pixel = PANEL + 4
         y_row = width * y_pixel + 1
         y = Guarded((rows - 1) * y_row + (width - 1) * y_pixel + PANEL)
-        name = kernel["listed_name"]
-        kernels.winograd_rows(name, sums.buffer, tiles, width, act, y.buffer, y_row if rows == 2 else 0, y_pixel)
-        values = sums.values.double().unflatten(0, (3, 3, tiles, PANEL))
-        exact = ACTIVATIONS[act](torch.einsum("yi,xj,ijtc->ytxc", share, share, values).flatten(1, 2))[:rows, :width]
+        given_row = y_row if rows == 2 else 0
+        kernels.winograd_rows(
+            kernel["listed_name"], stride, sums.buffer, tiles, width, act, y.buffer, given_row, y_pixel
+        )
+        values = sums.values.double().unflatten(0, (count, count, tiles, PANEL))
+        parts = torch.einsum("yi,xj,ijtc->ytxc", share, share, values).flatten(1, 2)[:rows, :width]
+        exact = ACTIVATIONS[act](parts)
         layout = (rows, width, PANEL), (y_row, y_pixel, 1)
         error = (y.values.as_strided(*layout).double() - exact).abs()
-        assert bool((error <= 32 * EPS * (1 + exact.abs())).all())
+        largest = torch.einsum("yi,xj,ijtc->ytxc", share.abs(), share.abs(), values.abs()).flatten(1, 2)[:rows, :width]
+        assert bool((error <= 32 * EPS * (1 + largest)).all())
         mine = torch.zeros_like(y.values, dtype=torch.bool)
         mine.as_strided(*layout).fill_(True)
         assert torch.equal(y.written(), mine)

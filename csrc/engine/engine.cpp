@@ -20,6 +20,7 @@ struct Packing {
   int kernel_w;
   Storage type = Storage::kFloat32;
   bool dilated = false;
+  int64_t stride = 1;
 
   ConvShape conv() const { return {inputs, kernel_h, kernel_w, dilated, type != Storage::kFloat32}; }
 
@@ -36,7 +37,7 @@ struct Packing {
       case Layout::kConv:
         return columns * conv_depth(conv());
       case Layout::kWinograd:
-        return columns * winograd_depth(inputs);
+        return winograd_floats(outputs, inputs, stride);
       case Layout::kProduct:
         return columns * round_up(inputs, kPanel);
     }
@@ -74,7 +75,7 @@ struct Packing {
       }
       case Layout::kWinograd: {
         std::vector<float> to(static_cast<size_t>(outputs * inputs * taps));
-        unpack_winograd(packed, outputs, inputs, to.data());
+        unpack_winograd(packed, outputs, inputs, stride, to.data());
         return to;
       }
       case Layout::kDepthwise:
@@ -103,7 +104,7 @@ struct Packing {
         pack_conv(from.data, outputs, conv(), to);
         break;
       case Layout::kWinograd:
-        pack_winograd(from.data, outputs, inputs, to);
+        pack_winograd(from.data, outputs, inputs, stride, to);
         break;
       case Layout::kProduct:
         for (int64_t first = 0; first < outputs; first += kPanel) {
@@ -127,7 +128,7 @@ std::vector<Packing> packings(const Node& n, int64_t channels, Storage type) {
   };
   switch (n.what()) {
     case Kind::kConv: {
-      Packing conv{Layout::kConv, n.channels, channels, kh, kw, type, n.dilation_w != 1};
+      Packing conv{Layout::kConv, n.channels, channels, kh, kw, type, n.dilation_w != 1, n.stride_h};
       if (winograd_fits(conv.conv(), n.stride_h, n.stride_w, n.dilation_h)) conv.layout = Layout::kWinograd;
       return {conv, vector(n.channels)};
     }

@@ -115,7 +115,7 @@ double conv_cost(const ConvJob::Spec& s) {
 Storage conv_compute(const ConvJob::Spec& s) { return s.from_input ? s.y.type : s.x.type; }
 
 int64_t conv_weight_bytes(const ConvArgs& a, Storage type) {
-  const int64_t depth = a.winograd ? winograd_depth(a.channels) : conv_depth(a.shape());
+  const int64_t depth = a.winograd ? winograd_depth(a.channels, a.stride_h) : conv_depth(a.shape());
   return depth * round_up(a.out_channels, kPanel) * storage_bytes(type);
 }
 

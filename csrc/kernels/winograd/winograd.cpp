@@ -22,20 +22,31 @@ const WinogradKernels& winograd_kernels() {
 
 namespace {
 
-constexpr int kTerms = kWinogradTerms;
-constexpr int kSums = kWinogradSums;
-// Terms [kFirst[i], kFirst[i + 1]) are added up in sum i.
-constexpr int kFirst[kSums + 1] = {0, 2, 3, 5};
-// The taps that a term's weight adds up, and the term whose weight is one tap alone.
-constexpr int kTaps[kTerms][3] = {{1, 0, 0}, {0, 1, 0}, {1, 0, 1}, {0, 0, 1}, {0, 1, 0}};
+// What terms and sums of an axis are made of.
+struct Axis {
+  // Terms [first[i], first[i + 1]) are added up in sum i.
+  int first[5];
+  // What of the taps a term's weight adds up.
+  double taps[kWinogradMostTerms][3];
+};
+
+// [stride - 1]
+constexpr Axis kAxes[] = {
+    {{0, 1, 2, 3, 4}, {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}}},
+    {{0, 2, 3, 5}, {{1, 0, 0}, {0, 1, 0}, {1, 0, 1}, {0, 0, 1}, {0, 1, 0}}},
+};
+// Of stride 2, the term whose weight is one tap alone.
 constexpr int kTermOfTap[3] = {0, 1, 3};
+
+const WinogradForm& form_of(int64_t stride) { return kWinogradForms[stride - 1]; }
 
 // Channels side by side in a pixel of a padded row.
 int64_t pixel_channels(int64_t channels) { return channels % kPanel == 0 ? kPanel : channels; }
 
 ConvArgs tile_args(ConvArgs a) {
-  a.kernel_h = a.kernel_w = kTerms;
-  a.stride_h = a.stride_w = 4;
+  const WinogradForm& form = form_of(a.stride_h);
+  a.kernel_h = a.kernel_w = form.terms;
+  a.stride_h = a.stride_w = form.step;
   a.out_height = div_up(a.out_height, 2);
   a.out_width = div_up(a.out_width, 2);
   return a;
@@ -47,20 +58,23 @@ struct Scratch {
   int64_t sums;
 
   explicit Scratch(const ConvArgs& args) {
+    const WinogradForm& form = form_of(args.stride_h);
     const ConvArgs tile = tile_args(args);
     rows = round_up(PaddedRows::floats(tile), kPanel);
-    terms = round_up(kTerms * kTerms * tile.out_width * args.channels, kPanel);
-    sums = kSums * kSums * tile.out_width * kPanel;
+    terms = round_up(form.terms * form.terms * tile.out_width * args.channels, kPanel);
+    sums = form.sums * form.sums * tile.out_width * kPanel;
   }
 };
 
-// Calls visit(sum over rows, sum over columns, its terms along rows, along columns) in the order of packed weights.
+// Calls visit(term along rows, term along columns) in the order of packed weights.
 template <class Visit>
-void for_each_term(const Visit& visit) {
-  for (int i = 0; i < kSums; ++i) {
-    for (int j = 0; j < kSums; ++j) {
-      for (int a = kFirst[i]; a < kFirst[i + 1]; ++a) {
-        for (int b = kFirst[j]; b < kFirst[j + 1]; ++b) visit(i, j, a, b);
+void for_each_term(int64_t stride, const Visit& visit) {
+  const int sums = form_of(stride).sums;
+  const auto& first = kAxes[stride - 1].first;
+  for (int i = 0; i < sums; ++i) {
+    for (int j = 0; j < sums; ++j) {
+      for (int a = first[i]; a < first[i + 1]; ++a) {
+        for (int b = first[j]; b < first[j + 1]; ++b) visit(a, b);
       }
     }
   }
@@ -69,9 +83,9 @@ void for_each_term(const Visit& visit) {
 // Calls visit(offset in OIHW, offset in the packed weights) of the first of a filter's taps and terms. Its taps are
 // adjacent, its terms channels * kPanel apart.
 template <class Visit>
-void for_each_filter(int64_t out_channels, int64_t channels, const Visit& visit) {
+void for_each_filter(int64_t out_channels, int64_t channels, int64_t stride, const Visit& visit) {
   for (int64_t o = 0; o < out_channels; ++o) {
-    const int64_t panel = o / kPanel * winograd_depth(channels) * kPanel;
+    const int64_t panel = o / kPanel * winograd_depth(channels, stride) * kPanel;
     for (int64_t c = 0; c < channels; ++c) visit((o * channels + c) * 9, panel + c * kPanel + o % kPanel);
   }
 }
@@ -79,30 +93,47 @@ void for_each_filter(int64_t out_channels, int64_t channels, const Visit& visit)
 }  // namespace
 
 bool winograd_fits(const ConvShape& s, int64_t stride_h, int64_t stride_w, int64_t dilation_h) {
-  const bool halving = s.kernel_h == 3 && s.kernel_w == 3 && stride_h == 2 && stride_w == 2;
-  return halving && dilation_h == 1 && !s.dilated && !s.pairs && !conv_is_planar(s.channels);
+  const bool form = s.kernel_h == 3 && s.kernel_w == 3 && stride_h == stride_w && (stride_h == 1 || stride_h == 2);
+  return form && dilation_h == 1 && !s.dilated && !s.pairs && !conv_is_planar(s.channels);
 }
 
-int64_t winograd_depth(int64_t channels) { return kTerms * kTerms * channels; }
+int64_t winograd_depth(int64_t channels, int64_t stride) {
+  const int64_t terms = form_of(stride).terms;
+  return terms * terms * channels;
+}
 
-void pack_winograd(const float* weight, int64_t out_channels, int64_t channels, float* packed) {
-  std::fill_n(packed, round_up(out_channels, kPanel) * winograd_depth(channels), 0.0f);
-  for_each_filter(out_channels, channels, [&](int64_t from, int64_t to) {
+int64_t winograd_floats(int64_t out_channels, int64_t channels, int64_t stride) {
+  const int64_t behind = stride == 1 ? 9 * channels : 0;
+  return round_up(out_channels, kPanel) * (winograd_depth(channels, stride) + behind);
+}
+
+void pack_winograd(const float* weight, int64_t out_channels, int64_t channels, int64_t stride, float* packed) {
+  std::fill_n(packed, winograd_floats(out_channels, channels, stride), 0.0f);
+  const auto& taps = kAxes[stride - 1].taps;
+  for_each_filter(out_channels, channels, stride, [&](int64_t from, int64_t to) {
     const float* g = weight + from;
-    for_each_term([&](int, int, int a, int b) {
-      float sum = 0.0f;
+    for_each_term(stride, [&](int a, int b) {
+      double sum = 0.0;
       for (int y = 0; y < 3; ++y) {
-        for (int x = 0; x < 3; ++x) sum += kTaps[a][y] * kTaps[b][x] ? g[y * 3 + x] : 0.0f;
+        for (int x = 0; x < 3; ++x) sum += taps[a][y] * taps[b][x] * static_cast<double>(g[y * 3 + x]);
       }
-      packed[to] = sum;
+      packed[to] = static_cast<float>(sum);
       to += channels * kPanel;
     });
   });
+  if (stride != 1) return;
+  const int64_t panels = round_up(out_channels, kPanel) * winograd_depth(channels, stride);
+  std::copy_n(weight, out_channels * channels * 9, packed + panels);
 }
 
-void unpack_winograd(const float* packed, int64_t out_channels, int64_t channels, float* weight) {
-  for_each_filter(out_channels, channels, [&](int64_t to, int64_t from) {
-    for_each_term([&](int, int, int a, int b) {
+void unpack_winograd(const float* packed, int64_t out_channels, int64_t channels, int64_t stride, float* weight) {
+  if (stride == 1) {
+    const int64_t panels = round_up(out_channels, kPanel) * winograd_depth(channels, stride);
+    std::copy_n(packed + panels, out_channels * channels * 9, weight);
+    return;
+  }
+  for_each_filter(out_channels, channels, stride, [&](int64_t to, int64_t from) {
+    for_each_term(stride, [&](int a, int b) {
       for (int y = 0; y < 3; ++y) {
         for (int x = 0; x < 3; ++x) {
           if (kTermOfTap[y] == a && kTermOfTap[x] == b) weight[to + y * 3 + x] = packed[from];
@@ -115,14 +146,15 @@ void unpack_winograd(const float* packed, int64_t out_channels, int64_t channels
 
 int64_t winograd_scratch(const ConvArgs& args) {
   const Scratch s(args);
-  const int64_t segments = kTerms * kTerms * args.channels / pixel_channels(args.channels);
+  const int64_t segments = winograd_depth(args.channels, args.stride_h) / pixel_channels(args.channels);
   return s.rows + s.terms + s.sums +
          round_up(segments * static_cast<int64_t>(sizeof(ptrdiff_t) / sizeof(float)), kPanel);
 }
 
 WinogradRows::WinogradRows(const GemmKernel& kernel, const ConvArgs& args, float* scratch, ConvRows* source)
     : kernel_(kernel),
-      transforms_(winograd_kernels()),
+      form_(form_of(args.stride_h)),
+      transforms_(winograd_kernels().of_stride[args.stride_h - 1]),
       args_(args),
       tile_args_(tile_args(args)),
       rows_(kernel, tile_args_, scratch, source) {
@@ -134,8 +166,8 @@ WinogradRows::WinogradRows(const GemmKernel& kernel, const ConvArgs& args, float
   const int64_t planes = args.channels / pixel;
   const int64_t plane = tile_args_.out_width * pixel;
   ptrdiff_t* segment = segment_;
-  for_each_term([&](int, int, int a, int b) {
-    for (int64_t p = 0; p < planes; ++p) *segment++ = ((kTerms * a + b) * planes + p) * plane;
+  for_each_term(args.stride_h, [&](int a, int b) {
+    for (int64_t p = 0; p < planes; ++p) *segment++ = ((form_.terms * a + b) * planes + p) * plane;
   });
   product_.a = terms_;
   product_.a_row = pixel;
@@ -151,22 +183,24 @@ void WinogradRows::rows(int64_t oy, void* const* y) {
   const int64_t pixel = pixel_channels(args_.channels);
   const int64_t planes = args_.channels / pixel;
   const int64_t tiles = tile_args_.out_width;
-  const int64_t first = 2 * oy - args_.pad_top;
+  const int64_t first = oy * args_.stride_h - args_.pad_top;
   rows_.advance_to(first);
   for (int64_t p = 0; p < planes; ++p) {
-    const float* row[kTerms];
-    for (int i = 0; i < kTerms; ++i) row[i] = static_cast<const float*>(rows_.at(first + i)) + p * rows_.ring().plane;
+    const float* row[kWinogradMostTerms];
+    for (int i = 0; i < form_.terms; ++i)
+      row[i] = static_cast<const float*>(rows_.at(first + i)) + p * rows_.ring().plane;
     transforms_.make_terms(row, tiles, pixel, terms_ + p * tiles * pixel, planes * tiles * pixel);
   }
   const auto* weight = static_cast<const float*>(args_.weight);
+  const auto& terms = kAxes[args_.stride_h - 1].first;
   for (int64_t panel = 0; panel < div_up(args_.out_channels, kPanel); ++panel) {
     product_.segment = segment_;
     product_.c = sums_;
-    for (int i = 0; i < kSums; ++i) {
-      for (int j = 0; j < kSums; ++j) {
-        product_.segments = planes * (kFirst[i + 1] - kFirst[i]) * (kFirst[j + 1] - kFirst[j]);
+    for (int i = 0; i < form_.sums; ++i) {
+      for (int j = 0; j < form_.sums; ++j) {
+        product_.segments = planes * (terms[i + 1] - terms[i]) * (terms[j + 1] - terms[j]);
         product_.b = weight;
-        // the middle sum is part of all four outputs
+        // this sum is part of all four outputs
         product_.bias = i == 1 && j == 1 ? args_.bias + panel * kPanel : kNoBias;
         gemm(kernel_, product_, 0, tiles, 0, 1);
         product_.segment += product_.segments;

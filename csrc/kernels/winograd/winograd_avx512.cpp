@@ -4,6 +4,6 @@
 
 namespace mnv4 {
 
-extern const WinogradKernels winograd_avx512 = {"winograd_avx512", winograd_terms, winograd_rows};
+extern const WinogradKernels winograd_avx512 = {"winograd_avx512", MNV4_WINOGRAD_TRANSFORMS};
 
 }  // namespace mnv4

@@ -9,83 +9,134 @@ namespace {
 
 using simd::Vec;
 
-// The terms of five values, in order.
-MNV4_INLINE void axis_terms(const Vec (&x)[5], Vec (&term)[kWinogradTerms]) {
-  term[0] = x[0] - x[2];
-  term[1] = x[1];
-  term[2] = x[2];
-  term[3] = x[4] - x[2];
-  term[4] = x[3];
-}
+template <int STRIDE>
+struct Axis;
 
+template <>
+struct Axis<1> {
+  static constexpr const WinogradForm& kForm = kWinogradForms[0];
+  static MNV4_INLINE void terms(const Vec (&x)[4], Vec (&term)[4]) {
+    term[0] = x[0] - x[2];
+    term[1] = x[1] + x[2];
+    term[2] = x[2] - x[1];
+    term[3] = x[1] - x[3];
+  }
+  static MNV4_INLINE void outputs(const Vec (&sum)[4], Vec (&y)[2]) {
+    y[0] = sum[0] + sum[1] + sum[2];
+    y[1] = sum[1] - sum[2] - sum[3];
+  }
+};
+
+template <>
+struct Axis<2> {
+  static constexpr const WinogradForm& kForm = kWinogradForms[1];
+  static MNV4_INLINE void terms(const Vec (&x)[5], Vec (&term)[5]) {
+    term[0] = x[0] - x[2];
+    term[1] = x[1];
+    term[2] = x[2];
+    term[3] = x[4] - x[2];
+    term[4] = x[3];
+  }
+  static MNV4_INLINE void outputs(const Vec (&sum)[3], Vec (&y)[2]) {
+    y[0] = sum[0] + sum[1];
+    y[1] = sum[1] + sum[2];
+  }
+};
+
+template <int STRIDE>
 void winograd_terms(const float* const* rows, int64_t tiles, int64_t channels, float* terms, ptrdiff_t term) {
+  constexpr int kTerms = Axis<STRIDE>::kForm.terms;
+  constexpr int kStep = Axis<STRIDE>::kForm.step;
+  // a tile's last columns are the next one's first
+  constexpr int kShared = kTerms - kStep;
   for (int64_t c = 0; c < channels; c += Vec::kWidth) {
     const int valid = static_cast<int>(channels - c < Vec::kWidth ? channels - c : Vec::kWidth);
-    const auto column = [&](int64_t pixel, Vec(&to)[kWinogradTerms]) {
+    const auto column = [&](int64_t pixel, Vec(&to)[kTerms]) {
       const ptrdiff_t at = pixel * channels + c;
-      Vec x[5];
+      Vec x[kTerms];
 #pragma GCC unroll 5
-      for (int i = 0; i < 5; ++i) x[i] = Vec::load(rows[i] + at, valid);
-      axis_terms(x, to);
+      for (int i = 0; i < kTerms; ++i) x[i] = Vec::load(rows[i] + at, valid);
+      Axis<STRIDE>::terms(x, to);
     };
-    // a tile's last column is the next one's first
-    Vec first[kWinogradTerms];
-    column(0, first);
+    Vec shared[kShared][kTerms];
+#pragma GCC unroll 2
+    for (int i = 0; i < kShared; ++i) column(i, shared[i]);
     for (int64_t t = 0; t < tiles; ++t) {
-      Vec columns[5][kWinogradTerms];
+      Vec columns[kTerms][kTerms];
+#pragma GCC unroll 2
+      for (int i = 0; i < kShared; ++i) {
 #pragma GCC unroll 5
-      for (int a = 0; a < kWinogradTerms; ++a) columns[0][a] = first[a];
+        for (int a = 0; a < kTerms; ++a) columns[i][a] = shared[i][a];
+      }
 #pragma GCC unroll 4
-      for (int i = 1; i < 5; ++i) column(4 * t + i, columns[i]);
+      for (int i = kShared; i < kTerms; ++i) column(kStep * t + i, columns[i]);
       float* to = terms + t * channels + c;
 #pragma GCC unroll 5
-      for (int a = 0; a < kWinogradTerms; ++a) {
-        const Vec x[5] = {columns[0][a], columns[1][a], columns[2][a], columns[3][a], columns[4][a]};
-        Vec term_values[kWinogradTerms];
-        axis_terms(x, term_values);
+      for (int a = 0; a < kTerms; ++a) {
+        Vec x[kTerms];
 #pragma GCC unroll 5
-        for (int b = 0; b < kWinogradTerms; ++b) term_values[b].store(to + (kWinogradTerms * a + b) * term, valid);
+        for (int i = 0; i < kTerms; ++i) x[i] = columns[i][a];
+        Vec values[kTerms];
+        Axis<STRIDE>::terms(x, values);
+#pragma GCC unroll 5
+        for (int b = 0; b < kTerms; ++b) values[b].store(to + (kTerms * a + b) * term, valid);
       }
+#pragma GCC unroll 2
+      for (int i = 0; i < kShared; ++i) {
 #pragma GCC unroll 5
-      for (int a = 0; a < kWinogradTerms; ++a) first[a] = columns[4][a];
+        for (int a = 0; a < kTerms; ++a) shared[i][a] = columns[kStep + i][a];
+      }
     }
   }
 }
 
-template <bool kIsRelu>
+template <int STRIDE, bool kIsRelu>
 MNV4_INLINE void winograd_rows_as(const float* sums, int64_t tiles, int64_t width, Activation act, float* const* y,
                                   ptrdiff_t y_pixel) {
+  constexpr int kSums = Axis<STRIDE>::kForm.sums;
   const auto activate = [act](Vec x) { return kIsRelu ? max(Vec::zero(), x) : simd::activate(act, x); };
   for (int64_t t = 0; t < tiles; ++t) {
     for (int c = 0; c < kPanel; c += Vec::kWidth) {
       const float* from = sums + t * kPanel + c;
-      Vec pixel[kWinogradSums][2];
-#pragma GCC unroll 3
-      for (int i = 0; i < kWinogradSums; ++i) {
-        const float* row = from + i * kWinogradSums * tiles * kPanel;
-        const Vec both = Vec::load(row + tiles * kPanel);
-        pixel[i][0] = Vec::load(row) + both;
-        pixel[i][1] = both + Vec::load(row + 2 * tiles * kPanel);
+      Vec pixel[2][kSums];
+#pragma GCC unroll 4
+      for (int i = 0; i < kSums; ++i) {
+        Vec row[kSums];
+#pragma GCC unroll 4
+        for (int j = 0; j < kSums; ++j) row[j] = Vec::load(from + (i * kSums + j) * tiles * kPanel);
+        Vec both[2];
+        Axis<STRIDE>::outputs(row, both);
+        pixel[0][i] = both[0];
+        pixel[1][i] = both[1];
       }
 #pragma GCC unroll 2
       for (int j = 0; j < 2; ++j) {
         if (2 * t + j >= width) break;
+        Vec both[2];
+        Axis<STRIDE>::outputs(pixel[j], both);
         float* to = y[0] + (2 * t + j) * y_pixel + c;
-        activate(pixel[0][j] + pixel[1][j]).store(to);
-        if (y[1]) activate(pixel[1][j] + pixel[2][j]).store(to + (y[1] - y[0]));
+        activate(both[0]).store(to);
+        if (y[1]) activate(both[1]).store(to + (y[1] - y[0]));
       }
     }
   }
 }
 
+template <int STRIDE>
 void winograd_rows(const float* sums, int64_t tiles, int64_t width, Activation act, float* const* y,
                    ptrdiff_t y_pixel) {
   if (act == Activation::kRelu) {
-    winograd_rows_as<true>(sums, tiles, width, act, y, y_pixel);
+    winograd_rows_as<STRIDE, true>(sums, tiles, width, act, y, y_pixel);
   } else {
-    winograd_rows_as<false>(sums, tiles, width, act, y, y_pixel);
+    winograd_rows_as<STRIDE, false>(sums, tiles, width, act, y, y_pixel);
   }
 }
+
+// [stride - 1]
+#define MNV4_WINOGRAD_TRANSFORMS                                                   \
+  {                                                                                \
+    {winograd_terms<1>, winograd_rows<1>}, { winograd_terms<2>, winograd_rows<2> } \
+  }
 
 }  // namespace
 }  // namespace mnv4

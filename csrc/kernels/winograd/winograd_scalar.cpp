@@ -4,6 +4,6 @@
 
 namespace mnv4 {
 
-extern const WinogradKernels winograd_scalar = {"winograd_scalar", winograd_terms, winograd_rows};
+extern const WinogradKernels winograd_scalar = {"winograd_scalar", MNV4_WINOGRAD_TRANSFORMS};
 
 }  // namespace mnv4
