@@ -13,6 +13,7 @@ import json
 import shlex
 import sys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,9 @@ def digits(size: int) -> Digits:
     return Digits(images[~held], labels[~held], images[held], labels[held])
 
 
-def created(name: str, path: str) -> nn.Module:
+def created(name: str, path: str, seed: int = 0) -> nn.Module:
     """timm's model for ten classes, the same for every path."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model: nn.Module = timm.create_model(name, num_classes=10)
     if path == "eager channels_last":
         model = model.to(memory_format=torch.channels_last)
@@ -66,11 +67,17 @@ def created(name: str, path: str) -> nn.Module:
 
 
 def train(
-    model: nn.Module, data: Digits, optimizer: torch.optim.Optimizer, steps: int, batch: int, dtype: torch.dtype
+    model: nn.Module,
+    data: Digits,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    batch: int,
+    dtype: torch.dtype,
+    seed: int = 0,
 ) -> list[float]:
     """The loss of each step; below float32 the forward runs under autocast."""
-    generator = torch.Generator().manual_seed(1)
-    torch.manual_seed(2)
+    generator = torch.Generator().manual_seed(seed + 1)
+    torch.manual_seed(seed + 2)
     losses = []
     model.train()
     for _ in range(steps):
@@ -98,13 +105,15 @@ def apart(losses: list[float], others: list[float]) -> float:
     return sum(abs(mine - other) for mine, other in zip(losses, others, strict=True)) / len(losses)
 
 
-def run(data: Digits, name: str, optimizer: str, dtype: str, steps: int, batch: int) -> dict[str, dict[str, Any]]:
+def run(
+    data: Digits, name: str, optimizer: str, dtype: str, steps: int, batch: int, seed: int
+) -> dict[str, dict[str, Any]]:
     """{path: its losses and final accuracy}."""
     found = {}
     for path in PATHS:
-        model = created(f"mobilenetv4_{name}", path)
+        model = created(f"mobilenetv4_{name}", path, seed)
         chosen = OPTIMIZERS[optimizer](model.parameters())
-        losses = train(model, data, chosen, steps, batch, DTYPES[dtype])
+        losses = train(model, data, chosen, steps, batch, DTYPES[dtype], seed)
         found[path] = {"losses": [round(loss, 6) for loss in losses], "accuracy": round(accuracy(model, data), 4)}
     return found
 
@@ -130,6 +139,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of weights and batches, a run each")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="where everything is kept")
     arguments = parser.parse_args()
@@ -139,16 +149,16 @@ def main() -> int:
     kept: dict[str, Any] = {"provenance": {**provenance(), "command": command}, "results": {}}
     if arguments.json and arguments.json.is_file():
         kept["results"] = json.loads(arguments.json.read_text())["results"]
-    for name in arguments.models:
-        for optimizer in arguments.optimizers:
-            for dtype in arguments.dtypes:
-                shape = f"{arguments.steps} steps of {arguments.batch} at {arguments.size}px"
-                title = f"{name} {optimizer} {dtype}, {shape}"
-                if title not in kept["results"]:
-                    kept["results"][title] = run(data, name, optimizer, dtype, arguments.steps, arguments.batch)
-                    if arguments.json:
-                        arguments.json.write_text(json.dumps(kept, indent=1) + "\n")
-                print(f"\n{table(title, kept['results'][title])}", flush=True)
+    for name, optimizer, dtype, seed in product(
+        arguments.models, arguments.optimizers, arguments.dtypes, arguments.seeds
+    ):
+        shape = f"{arguments.steps} steps of {arguments.batch} at {arguments.size}px"
+        title = f"{name} {optimizer} {dtype}, {shape}" + (f", seed {seed}" if seed else "")
+        if title not in kept["results"]:
+            kept["results"][title] = run(data, name, optimizer, dtype, arguments.steps, arguments.batch, seed)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(kept, indent=1) + "\n")
+        print(f"\n{table(title, kept['results'][title])}", flush=True)
     return 0
 
 
