@@ -63,6 +63,10 @@ STAGES = (
     Stage("baseline", 9.0, 420.0),
     Stage("kernels", 2.0),
     Stage("plans", 2.0),
+    Stage("precompile_training", 2.5, 150.0),
+    Stage("training_kernels", 1.5),
+    # a row may hold a compilation by inductor, forward and backward
+    Stage("steps", 6.0, 300.0),
     # one row compiles every candidate of every kernel
     Stage("tests", 9.0, 500.0),
     Stage("sanitizer", 2.5, 150.0),

@@ -94,9 +94,17 @@ class Gpu:
         run()
         return result, run, made
 
-    def compile(self, model: torch.nn.Module) -> Any:
+    def compile(self, model: torch.nn.Module, mode: str | None = "max-autotune") -> Any:
         """What ours is compared with."""
-        return torch.compile(model, mode="max-autotune")
+        return torch.compile(model, mode=mode)
+
+    def peak_mib(self, run: Callable[[], object]) -> float:
+        """The most memory that is allocated while `run` runs, all that is held included."""
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
 
     def optimize(self, model: torch.nn.Module, dtype: torch.dtype) -> Any:
         """`mk.optimize`."""
@@ -142,7 +150,12 @@ class MadeUp:
         result = REFERENCES[op](*arguments)
         return result, lambda: None, made
 
-    def compile(self, model: torch.nn.Module) -> Any:
+    def peak_mib(self, run: Callable[[], object]) -> float:
+        """One run."""
+        run()
+        return 0.0
+
+    def compile(self, model: torch.nn.Module, mode: str | None = "max-autotune") -> Any:
         """Traced, and no more."""
         return torch.compile(model, backend="eager")
 

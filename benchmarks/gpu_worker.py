@@ -21,6 +21,8 @@ import torch
 from gpu_campaign import LATE, POISONED, ROOT, Results
 from gpu_device import Gpu, MadeUp
 from gpu_shapes import Call, UibShape, blocks, calls, compiles_as, launches, uib_arguments
+from gpu_steps import steps, training_kernels
+from gpu_training import training_calls
 
 from mnv4_kernels.ops._contract import REFERENCES
 from mnv4_kernels.ops.gpu import gate, tune
@@ -137,7 +139,7 @@ def ceilings(work: Work) -> Rows:
 
 
 def compiled(
-    case: tuple[str, int, str, int | None], capability: int, processors: int, most: int | None = None
+    case: tuple[str, int, str, int | None], train: bool, capability: int, processors: int, most: int | None = None
 ) -> tuple[int, list[str]]:
     """Compiles the binaries of a case, `most` of them, into Triton's cache on disk; (how many, what failed)."""
     from mnv4_kernels.ops.gpu.offline import compile_launch
@@ -147,7 +149,7 @@ def compiled(
     seen, failures = set(), []
     with assume(capability, processors):
         for block in blocks(model, batch, size):
-            for call in calls(block, getattr(torch, dtype), "meta"):
+            for call in (training_calls if train else calls)(block, getattr(torch, dtype), "meta"):
                 for launch in launches(call):
                     if compiles_as(launch) in seen or len(seen) == most:
                         continue
@@ -164,21 +166,39 @@ def precompile(work: Work) -> Rows:
     """Triton's compiler in all processors: what later stages launch lies in its cache."""
     cases = [(model, batch, name_of(dtype), work.arguments.size) for model, batch, dtype in work.cases()]
     cases += [(model, 17, dtype, 128) for dtype in ("float16", "float32", "bfloat16") for model in SMALL]
+    yield from _compiling(work, "precompile", cases, train=False)
+
+
+def precompile_training(work: Work) -> Rows:
+    """The same for the stages that train."""
+    cases = [(model, batch, name_of(dtype), work.arguments.size) for model, batch, dtype in work.cases()]
+    yield from _compiling(work, "precompile_training", cases, train=True)
+
+
+def _compiling(work: Work, stage: str, cases: list[tuple[str, int, str, int | None]], train: bool) -> Rows:
+    import triton
+
     most, workers = None, os.cpu_count()
     if work.arguments.dry_run:
         cases, most, workers = cases[:1], 1, 1
+    # a machine that was given back took its cache along: what an earlier call compiled is then not here
+    mark = Path(triton.knobs.cache.dir) / f"{stage} for {work.gpu.name}"
+    if not mark.exists():
+        work.results.rows(stage).clear()
 
     def all_of_them() -> dict[str, Any]:
         found, failures = 0, []
         # not forked: children of a process that has used CUDA can't
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            target = (work.gpu.capability, work.gpu.multiprocessors, most)
+            target = (train, work.gpu.capability, work.gpu.multiprocessors, most)
             waiting = [pool.submit(compiled, case, *target) for case in cases]
             for future in waiting:
                 count, failed = future.result()
                 found, failures = found + count, failures + failed
                 # the supervisor takes a file that changes for a worker that lives
                 work.results.save()
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
         if failures:
             raise RuntimeError(f"{len(failures)} of {found} binaries do not compile:\n" + "\n".join(failures[:20]))
         return {"binaries": found}
@@ -486,7 +506,8 @@ def provenance(work: Work) -> dict[str, Any]:
 STAGES: dict[str, Callable[[Work], Rows]] = {
     stage.__name__: stage
     for stage in (
-        ceilings, precompile, correctness, depthwise, ours, baseline, kernels, plans, tests, sanitizer, sweep,
+        ceilings, precompile, correctness, depthwise, ours, baseline, kernels, plans, precompile_training,
+        training_kernels, steps, tests, sanitizer, sweep,
     )
 }  # fmt: skip
 

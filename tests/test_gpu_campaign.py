@@ -132,14 +132,29 @@ def test_every_stage_makes_rows_without_a_device(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(gpu_worker, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
     options = ["--models", "conv_small_035", "--batches", "2", "--dtypes", "bfloat16", "--size", "32", "--rows", "2"]
     for stage in STAGES:
-        arguments = ["--stage", stage.name, "--out", str(tmp_path), "--seconds", "60", *options, "--dry-run"]
+        arguments = ["--stage", stage.name, "--out", str(tmp_path), "--seconds", "300", *options, "--dry-run"]
         assert gpu_worker.main(arguments) == 0, Results(tmp_path / "campaign.json").errors()
     data = Results(tmp_path / "campaign.json").data
     assert all(1 <= len(data[stage.name]) <= 2 for stage in STAGES)
-    assert data["precompile"]["heuristic configs"] == {"binaries": 1}
+    assert (
+        data["precompile"]["heuristic configs"] == data["precompile_training"]["heuristic configs"] == {"binaries": 1}
+    )
+    assert all(row["peak_mib"] == 0.0 and len(row["losses"]) == 3 for row in data["steps"].values())
     _, configs = tuned.read(tmp_path / "tuned.json")
     assert configs
     assert len(commands) == 4
+
+
+def test_what_another_machine_compiled_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(gpu_worker, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    monkeypatch.setattr(gpu_worker, "compiled", lambda *_: made.append(1) or (1, []))
+    arguments = ["--stage", "precompile", "--out", str(tmp_path), "--seconds", "60", "--models", "conv_small_035"]
+    arguments += ["--batches", "2", "--dtypes", "bfloat16", "--dry-run"]
+    for machine, compilations in (("first", 1), ("first", 1), ("second", 2)):
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / machine))
+        assert gpu_worker.main(arguments) == 0
+        assert len(made) == compilations
 
 
 @pytest.mark.slow
