@@ -59,6 +59,30 @@ class TestMisuse:
         assert status.value.code == 2
         assert "must be at least 1, got 0" in capsys.readouterr().err
 
+    @pytest.mark.parametrize(
+        ("option", "message"),
+        [
+            (("--rounds", "0"), "must be at least 1, got 0"),
+            (("--batch", "one"), "must be a whole number, got 'one'"),
+            (("--seconds", "-1"), "must be at least 0, got -1"),
+            (("--minutes", "soon"), "must be a number, got 'soon'"),
+            (
+                ("--json", "no/such/folder/x.json"),
+                "must be a file in a folder that exists, got 'no/such/folder/x.json'",
+            ),
+            (("--html", "."), "must be a file in a folder that exists, got '.'"),
+            (("--against", "no_such.json"), "must be a file, got 'no_such.json'"),
+        ],
+        ids=lambda value: value[0] if isinstance(value, tuple) else "",
+    )
+    def test_a_wrong_option_is_refused_before_anything_is_measured(
+        self, option: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit) as status:
+            main(["bench", "conv_small", *option])
+        assert status.value.code == 2
+        assert f"argument {option[0]}: {message}" in capsys.readouterr().err
+
     def test_an_unknown_runtime_is_refused(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as status:
             main(["bench", "conv_small", "--runtimes", "abacus"])

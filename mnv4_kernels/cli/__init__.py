@@ -18,8 +18,9 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
     for name, command in COMMANDS.items():
-        summary = (command.__doc__ or "").strip()
-        sub = commands.add_parser(name, help=summary.splitlines()[0].partition(": ")[2], description=summary)
+        # "name: what it does.", and perhaps more below
+        description = (command.__doc__ or "").partition(": ")[2].strip()
+        sub = commands.add_parser(name, help=description.splitlines()[0], description=description)
         command.add_arguments(sub)
     return top
 

@@ -7,6 +7,7 @@ import copy
 
 import torch
 
+from ..benchmark.case import DTYPES, Case, create_input, create_model
 from ..tables import render as table
 from .arguments import add_case_arguments, cases_of
 from .bench import print_result
@@ -38,13 +39,10 @@ def main(arguments: argparse.Namespace) -> int:
     return status
 
 
-def classify(case: object) -> bool:
+def classify(case: Case) -> bool:
     """Prints the top classes of timm's model and of the patched one; True if they are the same."""
     import mnv4_kernels
 
-    from ..benchmark.case import DTYPES, Case, create_input, create_model
-
-    assert isinstance(case, Case)
     dtype = DTYPES[case.dtype]
     model, x = create_model(case).to(dtype), create_input(case).to(dtype)
     patched = copy.deepcopy(model)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..backends import cuda
-from .arguments import add_case_arguments, cases_of
+from ..benchmark.case import DTYPES, Case, create_input, create_model
+from .arguments import add_case_arguments, cases_of, output_file
 from .console import progress
 
 #: where models are tuned; a test that has no GPU says otherwise
@@ -24,7 +24,9 @@ DEVICE = "cuda"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Models, inputs, and where the result goes."""
     add_case_arguments(parser, several=True)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON; rows that it has are kept")
+    parser.add_argument(
+        "--out", type=output_file, required=True, metavar="FILE", help="JSON; rows that it has are kept"
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -51,11 +53,10 @@ def main(arguments: argparse.Namespace) -> int:
     return 1 if any("another result" in failure for failure in failures) else 0
 
 
-def calls_of(case: Any) -> list[Any]:
+def calls_of(case: Case) -> list[Any]:
     """The op calls of a case's patched model on the GPU, where whole blocks are one call."""
     import mnv4_kernels
 
-    from ..benchmark.case import DTYPES, create_input, create_model
     from ..ops.gpu.tune import record
 
     torch.set_num_threads(case.threads)
