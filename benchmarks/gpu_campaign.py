@@ -37,8 +37,15 @@ ROOT = Path(__file__).resolve().parent.parent
 #: runs one stage
 WORKER = ROOT / "benchmarks" / "gpu_worker.py"
 
-#: what a worker exits with when the device no longer answers it, and when the clock stopped it between two rows
-POISONED, LATE = 3, 4
+#: what a worker exits with when the device no longer answers it, when the clock stopped it between two rows, and when
+#: it is done and rows have errors; Python's own 1 is a stage that broke
+POISONED, LATE, FAILED = 3, 4, 5
+
+#: seconds past its time that a row may go on
+GRACE = 10.0
+
+#: why a worker was ended that a longer call would have let go on
+CUT = "the call's time was up"
 
 
 @dataclass(frozen=True)
@@ -103,10 +110,10 @@ class Results:
         self.rows(section)[key] = row
         self.save()
 
-    def bury(self, reason: str) -> bool:
-        """Gives the row that was running this reason as its error; False: none was."""
+    def bury(self, reason: str | None) -> bool:
+        """Gives the row that was running this reason as its error, None: leaves it to a later call; False: none was."""
         running = self.data.pop("running", None)
-        if running is not None:
+        if running is not None and reason is not None:
             self.rows(running[0])[running[1]] = {"error": reason}
         self.save()
         return running is not None
@@ -141,7 +148,8 @@ def supervise(stage: Stage, arguments: argparse.Namespace, deadline: float) -> s
     while time.monotonic() < deadline:
         # a session of its own: what it starts ends with it
         worker = subprocess.Popen(
-            [*command, "--seconds", str(deadline - time.monotonic())],
+            # by a clock that both share: importing takes the worker seconds
+            [*command, "--until", str(deadline)],
             cwd=ROOT,
             env=environment(arguments),
             start_new_session=True,
@@ -149,6 +157,9 @@ def supervise(stage: Stage, arguments: argparse.Namespace, deadline: float) -> s
         reason = watch(worker, path, min(arguments.row_limit or stage.row_limit, stage.row_limit), deadline)
         if not reason:
             return "out of time" if worker.returncode == LATE else "done"
+        if reason == CUT:
+            Results(path).bury(None)
+            return "out of time"
         # the row is noted and not tried again; without one the stage itself can't run
         if worker.returncode != POISONED and not Results(path).bury(reason):
             return reason
@@ -166,11 +177,11 @@ def watch(worker: subprocess.Popen[bytes], path: Path, row_limit: float, deadlin
         if _stamp(path) != seen:
             idle, seen = 0.0, _stamp(path)
         # a worker looks at the clock between rows: this is for one that can't
-        if now > deadline + 10 or idle > row_limit:
+        if now > deadline + GRACE or idle > row_limit:
             os.killpg(worker.pid, signal.SIGKILL)
             worker.wait()
-            return f"no answer for {idle:.0f} s; the process was ended"
-    if worker.returncode in (0, 1, LATE):
+            return CUT if idle < row_limit / 2 else f"no answer for {idle:.0f} s; the process was ended"
+    if worker.returncode in (0, FAILED, LATE):
         return ""
     return "the device no longer answered" if worker.returncode == POISONED else f"died with {worker.returncode}"
 

@@ -73,15 +73,7 @@ class Gpu:
 
     def replay(self, run: Callable[[], object]) -> Callable[[], None]:
         """The launches of `run` as a graph: what times them without Python."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        return graph.replay
+        return tune.captured(run)
 
     def call(self, op: str, arguments: tuple[Any, ...], configs: dict[str, Config] | None = None) -> Any:
         """(result, what launches it, {key: config} of its choices), launched once."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -94,6 +96,26 @@ class TestCache:
         (y,) = cache.call("f", _doubled, torch.ones(1, 1, 1, 3), torch.float32)
         assert torch.equal(y, torch.full((1, 1, 1, 3), 2.0))
         assert len(cache) == 1
+
+    def test_what_a_failed_attempt_took_is_given_back_before_the_next(self) -> None:
+        class Crowded(Tape):
+            taken: Any = None
+            given_back = False
+
+            def record(self, run: Any, x: torch.Tensor) -> Any:
+                if self.fail_with:
+                    results = torch.empty(1)
+                    self.taken = weakref.ref(results)
+                    raise self.fail_with.pop()
+                self.given_back = self.taken is not None and self.taken() is None
+                return super().record(run, x)
+
+        tape = Crowded()
+        cache = GraphCache(tape, 4)
+        cache.call("f", _doubled, torch.ones(1, 1, 1, 2), torch.float32)
+        tape.fail_with = [torch.OutOfMemoryError("none left")]
+        cache.call("f", _doubled, torch.ones(1, 1, 1, 3), torch.float32)
+        assert tape.given_back
 
     def test_a_failure_leaves_the_cache_as_it_was(self) -> None:
         tape = Tape()
@@ -207,6 +229,23 @@ class TestNetwork:
         fast, x = mk.optimize(create(SMALL)), images()
         compiled = torch.compile(lambda x: fast(x) + 1, backend="eager")
         assert torch.equal(compiled(x), fast(x) + 1)
+
+    def test_a_network_goes_when_nothing_of_it_runs(self) -> None:
+        fast = mk.optimize(create(SMALL))
+        fast(images())
+        events = _tape(fast).events
+        assert "wait" not in events
+        del fast
+        gc.collect()
+        assert events[-1] == "wait"
+
+    def test_a_recording_made_under_autocast_is_no_other(self) -> None:
+        x = images()
+        plain = mk.optimize(create(SMALL))(x)
+        fast = mk.optimize(create(SMALL))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(fast(x), plain)
+        assert torch.equal(fast(x), plain)
 
     def test_wrong_inputs_are_named(self) -> None:
         fast = mk.optimize(create(SMALL))

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("timm", reason="the shapes are read off timm's models")
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -20,6 +21,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import gpu_campaign
+import gpu_device
 import gpu_worker
 from gpu_campaign import ROOT, STAGES, Results, Stage, parse, supervise
 from gpus import pretend
@@ -97,6 +99,49 @@ def test_a_stage_that_the_clock_stops_says_so(tmp_path: Path, monkeypatch: pytes
     assert list(data["stage"]) == ["last in time"]
 
 
+def test_a_row_that_the_clock_cuts_is_left_to_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_campaign, "GRACE", 0.0)
+    outcome, data = _run(tmp_path, monkeypatch, "first", "hangs", seconds=1.0)
+    assert outcome == "out of time"
+    assert "hangs" not in data["stage"]
+    assert "running" not in data
+
+
+def test_a_stage_that_breaks_between_its_rows_is_no_stage_that_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text("raise ImportError('of something that is not here')")
+    monkeypatch.setattr(gpu_campaign, "WORKER", worker)
+    arguments = parse(["--out", str(tmp_path), "--dry-run"])
+    assert supervise(STAGES[0], arguments, time.monotonic() + 60) == "died with 1"
+
+
+def test_the_baseline_is_timed_with_the_attention_that_it_was_compiled_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Attending(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            query = x.flatten(2)[:, :, :, None]
+            return torch.nn.functional.scaled_dot_product_attention(query, query[:, :1], query[:, :1])
+
+    grouped: list[bool] = []
+
+    def compiled(device: Any, model: torch.nn.Module, mode: str | None = None) -> Any:
+        def backend(graph: Any, inputs: Any) -> Any:
+            grouped.append("enable_gqa = True" in graph.code)
+            return graph.forward
+
+        return torch.compile(model, backend=backend)
+
+    monkeypatch.setattr(gpu_device.MadeUp, "compile", compiled)
+    monkeypatch.setattr(gpu_worker, "model_of", lambda *_: (Attending(), torch.randn(1, 4, 2, 2)))
+    options = ["--models", "hybrid_medium", "--batches", "1", "--dtypes", "float32", "--dry-run"]
+    arguments = ["--stage", "baseline", "--out", str(tmp_path), "--until", str(time.monotonic() + 60), *options]
+    assert gpu_worker.main(arguments) == 0, Results(tmp_path / "campaign.json").errors()
+    assert grouped == [True]
+
+
 def test_a_stage_that_can_not_start_is_not_tried_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = tmp_path / "worker.py"
     worker.write_text("import os; os.kill(os.getpid(), 9)")
@@ -112,8 +157,6 @@ def test_the_stages_are_in_the_order_of_their_value() -> None:
 
 
 def test_without_a_device_there_is_a_message_and_no_file(tmp_path: Path) -> None:
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_campaign.py"), "--out", str(tmp_path / "out")]
@@ -132,7 +175,16 @@ def test_every_stage_makes_rows_without_a_device(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(gpu_worker, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
     options = ["--models", "conv_small_035", "--batches", "2", "--dtypes", "bfloat16", "--size", "32", "--rows", "2"]
     for stage in STAGES:
-        arguments = ["--stage", stage.name, "--out", str(tmp_path), "--seconds", "300", *options, "--dry-run"]
+        arguments = [
+            "--stage",
+            stage.name,
+            "--out",
+            str(tmp_path),
+            "--until",
+            str(time.monotonic() + 300),
+            *options,
+            "--dry-run",
+        ]
         assert gpu_worker.main(arguments) == 0, Results(tmp_path / "campaign.json").errors()
     data = Results(tmp_path / "campaign.json").data
     assert all(1 <= len(data[stage.name]) <= 2 for stage in STAGES)
@@ -149,8 +201,8 @@ def test_what_another_machine_compiled_is_compiled_again(tmp_path: Path, monkeyp
     made: list[int] = []
     monkeypatch.setattr(gpu_worker, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
     monkeypatch.setattr(gpu_worker, "compiled", lambda *_: made.append(1) or (1, []))
-    arguments = ["--stage", "precompile", "--out", str(tmp_path), "--seconds", "60", "--models", "conv_small_035"]
-    arguments += ["--batches", "2", "--dtypes", "bfloat16", "--dry-run"]
+    arguments = ["--stage", "precompile", "--out", str(tmp_path), "--models", "conv_small_035"]
+    arguments += ["--batches", "2", "--dtypes", "bfloat16", "--until", str(time.monotonic() + 60), "--dry-run"]
     for machine, compilations in (("first", 1), ("first", 1), ("second", 2)):
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / machine))
         assert gpu_worker.main(arguments) == 0

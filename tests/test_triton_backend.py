@@ -91,6 +91,20 @@ def test_a_switch_gives_cuda_calls_the_reference(monkeypatch: pytest.MonkeyPatch
             assert torch.equal(run(*arguments), REFERENCES["mqa"](*arguments))
 
 
+def test_a_kernel_gets_dense_vectors_and_maps_as_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "reasons", tuple)
+    monkeypatch.setattr(cuda, "kernel", lambda op: lambda *arguments: arguments)
+    x, weight = torch.randn(2, 8, 3, 5)[:, :, :, ::2], torch.randn(8, 1, 3, 3)
+    # as the gradient of a sum lies, and a column of a matrix
+    scale, shift = torch.randn(1).expand(8), torch.randn(8, 2)[:, 1]
+    run = cuda.implementation("dwconv_bn_act", REFERENCES["dwconv_bn_act"])
+    found = run(x, weight, scale, shift, [1, 1], [1, 1, 1, 1], [1, 1], "relu")
+    assert found[0] is x
+    for mine, given in zip(found[2:4], (scale, shift), strict=True):
+        assert mine.stride() == (1,)
+        assert torch.equal(mine, given)
+
+
 def test_a_device_that_is_too_old_gets_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "reasons", lambda: ("the CUDA device is older than compute capability 8.0",))
     arguments = _attention(64)

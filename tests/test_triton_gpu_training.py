@@ -61,12 +61,13 @@ def test_the_same_input_gives_the_same_bits(call: Training) -> None:
 
 @pytest.mark.parametrize("name", [SMALL, HYBRID])
 def test_gradients_of_a_model_are_as_exact_as_eagers(name: str) -> None:
-    allowed = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    # not `cudnn.allow_tf32`, which raises once another test has set this newer flag
+    flags: Any = torch.backends.cudnn
+    before, flags.conv.fp32_precision = flags.conv.fp32_precision, "ieee"
     try:
         assert_trains_alike(smooth(name).cuda(), images(4, 3, 64, 64).cuda())
     finally:
-        torch.backends.cudnn.allow_tf32 = allowed
+        flags.conv.fp32_precision = before
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

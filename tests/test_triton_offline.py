@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from mnv4_kernels.ops.gpu import offline
 from mnv4_kernels.ops.gpu.config import GemmConfig
-from mnv4_kernels.ops.gpu.launch import Launch
+from mnv4_kernels.ops.gpu.launch import Launch, needs_int64
 from mnv4_kernels.ops.gpu.select import assume
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -176,6 +176,39 @@ def test_too_much_shared_memory_is_seen() -> None:
     assert offline.Resources(100, 0, 228 * 1024).problems() == ["takes 233472 bytes of shared memory, more than 232448"]
     assert offline.Resources(100, 0, 100 * 1024).problems(offline.CONSUMER_SHARED_LIMIT)
     assert not offline.Resources(100, 0, 99 * 1024).problems(offline.CONSUMER_SHARED_LIMIT)
+
+
+def test_many_images_and_keys_lie_along_the_one_axis_of_a_grid_that_takes_them() -> None:
+    from mnv4_kernels.ops.bn_act_conv import triton_bn_act_conv_backward as dense
+    from mnv4_kernels.ops.mqa import triton_mqa as attention
+    from mnv4_kernels.ops.mqa import triton_mqa_backward as backward
+    from mnv4_kernels.ops.mqa_projected import triton_mqa_projected as projected
+
+    def built(batch: int) -> list[Launch]:
+        key = torch.empty(batch, 144, 64, dtype=torch.bfloat16, device="meta")
+        query, x = _nhwc(batch, 512, 12, 12), _nhwc(batch, 160, 12, 12)
+        weights = (_nhwc(512, 160, 1, 1), None, None, key, key, _nhwc(160, 512, 1, 1), None, None)
+        return [
+            *attention.build(query, key, key, 8, 0.125)[1],
+            *backward.build(query, query, key, key, 8, 0.125)[1],
+            *projected.build(x, *weights, 8, 0.125)[1],
+        ]
+
+    wide, geometry = _nhwc(8, 512, 7, 7), ([1, 1], [1, 1, 1, 1], [1, 1])
+    raw = (None, None, None, None, 0.0, "none")
+    weight = dense.build(wide, None, None, None, None, wide, *raw, _nhwc(512, 512, 3, 3), *geometry, False, True)[1]
+    for launch in (*built(256), *built(70_000), *weight):
+        assert launch.grid[0] < 2**31
+        assert all(size < 2**16 for size in launch.grid[1:]), launch.kernel.__name__
+
+
+def test_a_view_of_a_large_tensor_is_addressed_with_64_bits() -> None:
+    def image(*stride: int) -> torch.Tensor:
+        return torch.empty_strided((256, 3, 224, 224), stride, device="meta")
+
+    assert not needs_int64(image(3 * 224 * 224, 224 * 224, 224, 1))
+    # three channels of 64
+    assert needs_int64(image(224 * 224 * 64 * 3, 224 * 224, 224, 1))
 
 
 @pytest.mark.parametrize(("family", "instruction"), [("pwconv_bn_act", "wgmma.mma_async"), ("mqa", "wgmma.mma_async")])

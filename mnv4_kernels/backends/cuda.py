@@ -126,9 +126,15 @@ def implementation(op: str, reference: Callable[..., Any]) -> Callable[..., Any]
     def run(*arguments: Any) -> Any:
         if reasons() or switches.obstacle() or unsupported(op, arguments):
             return reference(*arguments)
-        return kernel(op)(*arguments)
+        return kernel(op)(*(_dense(value) for value in arguments))
 
     return run
+
+
+def _dense(value: Any) -> Any:
+    """A vector as kernels read it; autograd hands out expanded ones, such as the gradient of a sum."""
+    strided = isinstance(value, torch.Tensor) and value.dim() == 1 and not value.is_contiguous()
+    return value.contiguous() if strided else value
 
 
 def register(library: torch.library.Library, references: Mapping[str, Callable[..., Any]]) -> list[str]:

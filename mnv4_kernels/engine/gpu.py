@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,7 +57,10 @@ class GraphedNetwork(OptimizedNetwork):
         return len(self._graphs)
 
     def _start(self) -> None:
-        self._graphs = GraphCache(self._recorder(), GRAPHS)
+        recorder = self._recorder()
+        self._graphs = GraphCache(recorder, GRAPHS)
+        # weights and buffers go to whoever allocates next: not while a replay on another stream reads them
+        weakref.finalize(self, recorder.wait).atexit = False
 
     def _recorder(self) -> Recorder:
         if self.device.type != "cuda":
@@ -68,7 +72,8 @@ class GraphedNetwork(OptimizedNetwork):
     def _run(self, x: torch.Tensor, tag: int) -> list[torch.Tensor]:
         self._check(x)
         run = self._features if tag == FEATURES else self._results
-        with torch.no_grad():
+        # it has a dtype of its own, and a recording under autocast would answer calls outside of it
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             if x.numel() == 0:
                 return run(x.to(self.dtype))
             return self._graphs.call(tag, run, x, self.dtype)

@@ -63,8 +63,9 @@ class CudaRecorder:
 
     def record(self, run: Run, x: torch.Tensor) -> Recording:
         """The launches of `run` on `x` as a graph."""
-        with torch.cuda.device(self._device), _CAPTURING:
-            caller = torch.cuda.current_stream()
+        caller = torch.cuda.current_stream(self._device)
+        # `torch.cuda.graph` leaves its stream current when a capture can't be ended
+        with torch.cuda.device(self._device), _CAPTURING, torch.cuda.stream(caller):
             self._stream.wait_stream(caller)
             with torch.cuda.stream(self._stream):
                 for _ in range(WARMUP):
@@ -144,11 +145,14 @@ class GraphCache:
         static = torch.empty_like(x, dtype=dtype, memory_format=key[2])
         # values that the recording's first launches work on: uninitialised ones may be slow or trap
         static.copy_(x)
+        recording = None
         try:
             recording = self._recorder.record(run, static)
         except torch.OutOfMemoryError:
             if not self._recordings:
                 raise
+        # out here, since the error holds what the failed attempt took
+        if recording is None:
             self._recorder.wait()
             self._recordings.clear()
             recording = self._recorder.record(run, static)

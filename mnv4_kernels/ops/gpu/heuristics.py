@@ -194,15 +194,15 @@ def depthwise_gemm(
     """All output channels in one tile up to 256, because each further tile computes the depthwise again.
 
     Two rows halve the loads of the depthwise and share each weight tile. Beside 256 columns of float32 products
-    64 positions of them spill, 32 do not.
+    32 positions of them spill, 16 do not; and those with four warps, since with eight ptxas spills to fit two programs.
     """
     batch, _, out_h, out_w = shape
     block_n = max(16, min(256, next_power_of_2(n)))
     rows = 1 if out_h == 1 else 2
-    columns = 32 if element_size == 4 and block_n == 256 else 64
+    columns = 16 if element_size == 4 and block_n == 256 else 64
     while columns > 16 and cdiv(batch * cdiv(out_h, rows) * out_w, columns) * cdiv(n, block_n) < multiprocessors:
         columns //= 2
-    warps = 8 if block_n >= 128 else 4
+    warps = 8 if block_n >= 128 and columns > 16 else 4
     return DepthwiseGemmConfig(
         warps=warps, stages=1, rows=rows, columns=columns, block_n=block_n, block_k=64 // element_size
     )

@@ -113,8 +113,13 @@ def geometry_constants(
 
 
 def needs_int64(*tensors: torch.Tensor | None) -> bool:
-    """True where an element offset into any of the dense tensors can pass 2^31."""
-    return any(tensor is not None and tensor.numel() > INT32_EXTENT for tensor in tensors)
+    """True where an element offset into any of the tensors can pass 2^31, be they dense or views of larger ones."""
+    return any(tensor is not None and _extent(tensor) > INT32_EXTENT for tensor in tensors)
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Elements from a tensor's first to its last, whatever lies between."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
 
 
 def dot_precision(x: torch.Tensor) -> str:

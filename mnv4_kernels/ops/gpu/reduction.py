@@ -80,12 +80,14 @@ def _join_sums_kernel(
     CHANNELS: tl.constexpr,
 ):
     """The sums of PARTS parts at once."""
-    o_t = tl.program_id(0) * PARTS + tl.arange(0, PARTS)
-    o_c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    n_c = tl.cdiv(columns, CHANNELS)
+    i_program = tl.program_id(0) // n_c
+    o_t = i_program * PARTS + tl.arange(0, PARTS)
+    o_c = (tl.program_id(0) % n_c) * CHANNELS + tl.arange(0, CHANNELS)
     m_c = o_c < columns
     p = partial_ptr + o_t[:, None].to(tl.int64) * columns + o_c[None, :]
     b_sum = tl.sum(tl.load(p, mask=(o_t < parts)[:, None] & m_c[None, :], other=0.0), 0)
-    p_joined = joined_ptr + tl.program_id(0).to(tl.int64) * columns + o_c
+    p_joined = joined_ptr + i_program.to(tl.int64) * columns + o_c
     tl.store(p_joined, b_sum.to(joined_ptr.dtype.element_ty), mask=m_c)
 
 
@@ -170,7 +172,7 @@ def join_sums(partial: torch.Tensor, out: torch.Tensor | None = None) -> tuple[t
         launches.append(
             Launch(
                 kernel=_join_sums_kernel,
-                grid=(programs, cdiv(columns, CHANNELS)),
+                grid=(programs * cdiv(columns, CHANNELS),),
                 arguments=(partial, joined, parts, columns),
                 constants={"PARTS": PARTS, "CHANNELS": CHANNELS},
                 config=_JOIN,

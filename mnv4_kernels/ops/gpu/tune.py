@@ -166,6 +166,21 @@ def _run(launches: list[Launch]) -> None:
         launch.run()
 
 
+def captured(run: Callable[[], object]) -> Callable[[], None]:
+    """What `run` launches as a CUDA graph's replay, after running it once: several launches take Python longer
+    than the device, which would make all configs equally fast."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    replay: Callable[[], None] = graph.replay
+    return replay
+
+
 def median_us(run: Callable[[], object], flush: torch.Tensor, repeats: int = 20) -> float:
     """Median microseconds of `run` with a cold L2, by CUDA events."""
     run()
@@ -202,7 +217,7 @@ def best(call: Call, key: str, first: Config, flush: torch.Tensor) -> tuple[Conf
     for config in candidates(first):
         result, launches, _ = build(call, {key: config})
         try:
-            us = median_us(partial(_run, launches), flush)
+            us = median_us(captured(partial(_run, launches)), flush)
         # a tile that needs more than the device has; Triton's own class is not importable without Triton
         except Exception as error:
             if type(error).__name__ not in ("OutOfResources", "PTXASError"):

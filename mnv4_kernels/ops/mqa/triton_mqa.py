@@ -42,7 +42,9 @@ def _mqa_fwd_kernel(
     All heads share key and value, so heads are further rows of queries. RESIDENT: all keys fit BLOCK_P, are
     loaded once and kept for all tiles; otherwise they pass in blocks, with a running maximum and sum.
     """
-    i_image = tl.program_id(1)
+    n_q = tl.cdiv(queries, BLOCK_Q * TILES)
+    i_image = tl.program_id(0) // n_q
+    i_block = tl.program_id(0) % n_q
     if INT64:
         i_image = i_image.to(tl.int64)
     o_p = tl.arange(0, BLOCK_P)
@@ -58,7 +60,7 @@ def _mqa_fwd_kernel(
         b_k = tl.load(p_key, mask=(o_p < keys)[None, :] & m_dk[:, None], other=0.0)
         b_v = tl.load(p_value, mask=(o_p < keys)[:, None] & m_dv[None, :], other=0.0)
     for i_tile in range(TILES):
-        o_q = (tl.program_id(0) * TILES + i_tile) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        o_q = (i_block * TILES + i_tile) * BLOCK_Q + tl.arange(0, BLOCK_Q)
         m_q = o_q < queries
         b_q = tl.load(p_query + o_q[:, None] * key_depth, mask=m_q[:, None] & m_dk[None, :], other=0.0)
         if RESIDENT:
@@ -108,7 +110,7 @@ def build(
     config = config or attention_config(queries, keys, key_depth, batch, query.dtype, query.device)
     launch = Launch(
         kernel=_mqa_fwd_kernel,
-        grid=(cdiv(queries, config.queries * config.tiles), batch),
+        grid=(cdiv(queries, config.queries * config.tiles) * batch,),
         arguments=(
             query, key.contiguous(), value.contiguous(), y,
             queries, keys, key_depth, value_depth, scale * 1.4426950408889634,

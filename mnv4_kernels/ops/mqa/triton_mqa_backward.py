@@ -44,10 +44,12 @@ def _mqa_bwd_dquery_kernel(
     BLOCK_DV: tl.constexpr,
 ):
     """dquery = (weight * (dweight - sum(weight * dweight))) key * scale, dweight = grad value^T."""
-    i_image = tl.program_id(1)
+    n_q = tl.cdiv(queries, BLOCK_Q)
+    i_image = tl.program_id(0) // n_q
+    i_block = tl.program_id(0) % n_q
     if INT64:
         i_image = i_image.to(tl.int64)
-    o_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_q = i_block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_p = tl.arange(0, BLOCK_P)
     o_dk = tl.arange(0, BLOCK_DK)
     o_dv = tl.arange(0, BLOCK_DV)
@@ -119,11 +121,12 @@ def _mqa_bwd_dkey_kernel(
     BLOCK_DV: tl.constexpr,
 ):
     """dvalue = weight^T grad and dkey = dscore^T query of a block of keys, over `tiles` tiles of queries."""
-    i_image = tl.program_id(1)
+    n_p = tl.cdiv(keys, BLOCK_P)
+    n_parts = tl.cdiv(queries, BLOCK_Q * tiles)
+    i_image = tl.program_id(0) // (n_parts * n_p)
+    i_part = tl.program_id(0) // n_p % n_parts
     if INT64:
         i_image = i_image.to(tl.int64)
-    n_p = tl.cdiv(keys, BLOCK_P)
-    i_part = tl.program_id(0) // n_p
     o_p = (tl.program_id(0) % n_p) * BLOCK_P + tl.arange(0, BLOCK_P)
     o_dk = tl.arange(0, BLOCK_DK)
     o_dv = tl.arange(0, BLOCK_DV)
@@ -184,7 +187,7 @@ def build(
     partial = [value.new_empty((parts, *tensor.shape), dtype=torch.float32) for tensor in (key, value)]
     constants = {
         "PRECISION": dot_precision(query),
-        "INT64": needs_int64(query, grad) if int64 is None else int64,
+        "INT64": needs_int64(query, grad, key, value) if int64 is None else int64,
         "BLOCK_Q": config.queries,
         "BLOCK_P": config.keys,
         "BLOCK_DK": max(16, next_power_of_2(key_depth)),
@@ -195,14 +198,14 @@ def build(
     scales = (scale, scale * 1.4426950408889634)
     first = Launch(
         kernel=_mqa_bwd_dquery_kernel,
-        grid=(cdiv(queries, config.queries), batch),
+        grid=(cdiv(queries, config.queries) * batch,),
         arguments=(*tensors, dquery, level, shared, *sizes, *scales),
         constants=constants,
         config=config,
     )
     second = Launch(
         kernel=_mqa_bwd_dkey_kernel,
-        grid=(parts * cdiv(keys, config.keys), batch),
+        grid=(parts * cdiv(keys, config.keys) * batch,),
         arguments=(*tensors, level, shared, *partial, batch, *sizes, config.tiles, *scales),
         constants=constants,
         config=config,

@@ -56,11 +56,13 @@ def _mqa_projected_fwd_kernel(
     Neither queries nor attended values reach memory; key and value of the image stay on chip for all heads.
     """
     channels = channel_groups * VEC
-    i_image = tl.program_id(1)
+    n_m = tl.cdiv(positions, BLOCK_M)
+    i_image = tl.program_id(0) // n_m
+    i_block = tl.program_id(0) % n_m
     if INT64:
         i_image = i_image.to(tl.int64)
     dtype = x_ptr.dtype.element_ty
-    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_m = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
     o_p = tl.arange(0, BLOCK_P)
     o_c = tl.arange(0, BLOCK_C)
     o_dk = tl.arange(0, BLOCK_DK)
@@ -160,7 +162,7 @@ def build(
     vector = channel_vector(channels)
     launch = Launch(
         kernel=_mqa_projected_fwd_kernel,
-        grid=(cdiv(positions, config.queries), batch),
+        grid=(cdiv(positions, config.queries) * batch,),
         arguments=(
             x, query_weight.flatten(1).contiguous(), query_scale, query_shift, key.contiguous(), value.contiguous(),
             output_weight.flatten(1).contiguous(), gamma, None if residual is None else nhwc(residual), y,
