@@ -114,6 +114,14 @@ def test_verify_refuses_what_it_cannot_judge() -> None:
     mk.patch(model)
     with pytest.raises(ValueError, match="must hold at least one image"):
         mk.verify(model, images(0, 3, 64, 64))
+    with pytest.raises(TypeError, match=r"`x` must be a tensor \[N, C, H, W\], got list"):
+        mk.verify(model, [images()])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"`x` must have shape \[N, C, H, W\], got \(3, 64, 64\)"):
+        mk.verify(model, images()[0])
+    with pytest.raises(TypeError, match="`x` must have the model's dtype, float32, got bfloat16"):
+        mk.verify(model, images().bfloat16())
+    with pytest.raises(ValueError, match="`x` must be on the model's device, cpu, got meta"):
+        mk.verify(model, images().to("meta"))
     with pytest.raises(ValueError, match="must be in eval mode"):
         mk.verify(model.train(), images())
 
@@ -143,6 +151,7 @@ def test_a_model_without_known_blocks_is_left_alone_with_a_warning() -> None:
         report = mk.patch(model)
     assert anatomy(model) == before
     assert [row.cls for row in report.left_alone] == ["Conv2d", "ReLU"]
+    assert not report.notes
 
 
 def test_strict_patching_of_an_unknown_model_raises() -> None:

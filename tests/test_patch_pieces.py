@@ -25,6 +25,7 @@ from torch import nn
 
 import mnv4_kernels as mk
 from mnv4_kernels import tables
+from mnv4_kernels.backends import native
 from mnv4_kernels.modules import DropIn
 
 timm = pytest.importorskip("timm")
@@ -496,3 +497,20 @@ def test_explain_says_which_op_each_block_runs_or_that_it_is_not_patched() -> No
     assert rows["blocks.0.0"].cls == "EdgeResidual"
     assert "attention: mqa" in rows["blocks.2.4"].steps
     assert not any(row.reason for row in rows.values() if "C++" in row.kernel)
+
+
+def test_explain_says_whether_a_network_is_one_program_or_why_not() -> None:
+    def row(model: Any) -> Any:
+        (found,) = (row for row in mk.explain(model, images()).rows if row.name == "(model)")
+        return found
+
+    model = create(SMALL)
+    mk.patch(model)
+    assert row(model).steps == ("block by block",)
+    assert "gradients are enabled" in row(model).reason
+    with torch.no_grad():
+        if native.available():
+            assert row(model).steps == ("one program of the engine",)
+            assert "C++" in row(model).kernel
+        model.blocks[2][1].dw_mid.register_forward_hook(lambda *_: None)
+        assert row(model).reason == "a forward hook on an inner module, or a global one"

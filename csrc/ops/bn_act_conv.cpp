@@ -24,7 +24,8 @@ struct Shape {
 Shape shape_of(const Tensor& x, const Tensor& weight, const IntList& stride, const IntList& padding,
                const IntList& dilation) {
   const Geometry g = geometry(x, weight, stride, padding, dilation);
-  MNV4_CHECK_SHAPE(weight.size(1) == x.size(1), weight, "weight", "have shape [K, C, kh, kw] with C = ", x.size(1));
+  MNV4_CHECK_SHAPE(weight.size(1) == x.size(1), weight, "weight", "have shape [K, C, kh, kw] with C = ", x.size(1),
+                   ", the channels of `x`");
   return {x.size(1), weight.size(0), static_cast<int64_t>(g.kernel_h) * g.kernel_w, x.size(2), x.size(3), g};
 }
 

@@ -33,7 +33,8 @@ Tensor conv_bn_act(Tensor x, Tensor weight, OptionalTensor scale, OptionalTensor
   const Geometry g = geometry(x, weight, stride, padding, dilation);
   const int64_t channels = x.size(1);
   const int64_t outputs = weight.size(0);
-  MNV4_CHECK_SHAPE(weight.size(1) == channels, weight, "weight", "have shape [K, C, kh, kw] with C = ", channels);
+  MNV4_CHECK_SHAPE(weight.size(1) == channels, weight, "weight", "have shape [K, C, kh, kw] with C = ", channels,
+                   ", the channels of `x`");
   const Packed panels(weight, scale, packed, Packing::kDense);
   const Vector bias(shift, outputs, "shift");
   ConvArgs args{};

@@ -160,6 +160,22 @@ class MobileNetV3Forward(_Network):
             return y
         return self._mnv4_by_pieces(x)
 
+    def _mnv4_program_obstacle(self, x: Any) -> str:
+        """Why `forward` takes `x`, on a CPU and in eval mode, through piece by piece; empty: it is one program.
+
+        Only where no inner module has a hook that is not the user's.
+        """
+        if not self._mnv4_whole(x):
+            return self._mnv4_obstacle(x) or "gradient checkpointing, or a method that was replaced on the instance"
+        if torch.is_grad_enabled():
+            return "gradients are enabled; torch.inference_mode() or torch.no_grad() turns them off"
+        plan, obstacle = self._mnv4_decide(x, WHOLE)
+        if obstacle or plan is None:
+            return obstacle
+        (whole,) = plan.body.fused
+        assert isinstance(whole, Whole)
+        return "" if whole.has_program() else "the engine is missing, or has no node for one of the pieces"
+
     def _mnv4_by_pieces(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.forward_head(self._mnv4_features(x))
         # a head without pooling gives a map

@@ -60,6 +60,10 @@ class Whole:
             x = part.fake(x)
         return x
 
+    def has_program(self) -> bool:
+        """True where the engine can take all parts."""
+        return self._builder() is not None
+
     def prepare(self) -> Call:
         """The program's call; the parts' own, one after the other, where the engine can't take them."""
         return self._program() or self._calls()

@@ -1,4 +1,4 @@
-"""The drop-in classes: timm's, with another forward. This module and `rules` are all that imports timm's classes.
+"""The drop-in classes: timm's, with another forward. No other module imports timm's classes.
 
 They are ordinary module-level classes, so that a patched model pickles. Importing this
 module teaches `modules.leaves` timm's leaf classes, which unpickling needs as well.

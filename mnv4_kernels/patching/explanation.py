@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import tables
 from ..backends import native
-from ..modules import HEAD, PRE_LOGITS, STEM, DropIn, Plan, TrainingPlan, gpu, leaves
+from ..modules import HEAD, PRE_LOGITS, STEM, DropIn, MobileNetV3Forward, Plan, TrainingPlan, gpu, leaves
 from ..modules.head import Head
 from .rules import rule_of
 
@@ -19,13 +19,13 @@ TIMM = "timm's own path"
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """How one piece of the model runs."""
+    """How one piece of the model runs, or the network as a whole."""
 
     name: str
     cls: str
     #: shape of what it is given
     shape: tuple[int, ...]
-    #: "piece: op", empty where timm's own path runs
+    #: "piece: op", empty where timm's own path runs; of a network whether it is one program
     steps: tuple[str, ...]
     #: who computes the ops
     kernel: str
@@ -57,7 +57,11 @@ class ExplainReport:
 
 
 def explain(model: nn.Module, x: torch.Tensor) -> ExplainReport:
-    """Runs `model` on `x` once and says of each block which op and kernel ran, or why timm's own path did.
+    """Runs `model` on `x` and says of each block which op and kernel it runs, or why timm's own path does.
+
+    In eval mode on a CPU the row of a patched network says whether it runs as one program of the engine, which then
+    computes what the rows of its blocks name, or why each block runs by itself: with gradients enabled, for one. So ask
+    under `torch.no_grad()` if that is how the model is called. The model runs once in train mode, twice in eval mode.
 
     Args:
         model: any module, patched or not, in the mode that is asked about.
@@ -68,18 +72,25 @@ def explain(model: nn.Module, x: torch.Tensor) -> ExplainReport:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
-    rows: list[Explanation] = []
     names = {module: name for name, module in model.named_modules()}
-    handles = [
-        module.register_forward_pre_hook(_recorder(rows, names[module]), with_kwargs=True) for module in _blocks(model)
-    ]
+    rows: list[Explanation] = []
+    networks = [module for module in names if isinstance(module, MobileNetV3Forward) and not module.training]
+    # first by themselves: a network with hooks on its blocks would run block by block
+    if networks:
+        _run_with(model, x, {network: _program_recorder(rows, names[network]) for network in networks})
+    _run_with(model, x, {module: _recorder(rows, names[module]) for module in _blocks(model)})
+    rule = rule_of(model)
+    return ExplainReport((rule.replaces if rule else type(model)).__name__, tuple(rows))
+
+
+def _run_with(model: nn.Module, x: torch.Tensor, hooks: dict[nn.Module, Any]) -> None:
+    """Runs `model` on `x` with a forward pre-hook on each of these modules."""
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks.items()]
     try:
         model(x)
     finally:
         for handle in handles:
             handle.remove()
-    rule = rule_of(model)
-    return ExplainReport((rule.replaces if rule else type(model)).__name__, tuple(rows))
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
@@ -97,9 +108,31 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def _program_recorder(rows: list[Explanation], name: str) -> Any:
+    def hook(network: MobileNetV3Forward, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        x = _input(arguments, keywords)
+        if isinstance(x, torch.Tensor) and leaves.on_gpu(x):
+            # the engine is for CPUs, and a GPU runs block by block
+            return
+        obstacle = network._mnv4_program_obstacle(x)
+        kernel, missing = ("", obstacle) if obstacle else _library()
+        ops = "block by block" if obstacle else "one program of the engine"
+        rows.append(Explanation(name or "(model)", network._mnv4_base.__name__, _shape(x), (ops,), kernel, missing))
+
+    return hook
+
+
+def _input(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    return arguments[0] if arguments else next(iter(keywords.values()), None)
+
+
+def _shape(x: Any) -> tuple[int, ...]:
+    return tuple(x.shape) if isinstance(x, torch.Tensor) else ()
+
+
 def _recorder(rows: list[Explanation], name: str) -> Any:
     def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        x = arguments[0] if arguments else next(iter(keywords.values()), None)
+        x = _input(arguments, keywords)
         rule = rule_of(module)
         assert rule is not None
         for piece in rule.pieces:
@@ -110,7 +143,7 @@ def _recorder(rows: list[Explanation], name: str) -> Any:
 
 
 def _explain(module: nn.Module, piece: str, title: str, cls: str, x: Any) -> Explanation:
-    shape = tuple(x.shape) if isinstance(x, torch.Tensor) else ()
+    shape = _shape(x)
     if piece in (HEAD, PRE_LOGITS):
         # what the head is given is not known yet
         shape = ()

@@ -162,7 +162,8 @@ def _decide(
         leaf = next(module.children(), None) is None
         if leaf and module not in accounted and module not in rows:
             rows[module] = _leaf_row(module, name, list(rows.values()))
-    notes = [TRAIN_NOTE] if model.training else []
+    anything = any(row.status != LEFT_ALONE for row in rows.values())
+    notes = [TRAIN_NOTE] if model.training and anything else []
     states = Counter(reason for module in accounted for reason in leaves.tensor_reasons(module))
     notes += [f"For now {count} modules take timm's own path: {reason}." for reason, count in states.items()]
     return [rows[module] for module in names if module in rows], changes, notes

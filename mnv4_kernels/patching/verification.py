@@ -14,6 +14,7 @@ from torch import nn
 
 from .. import tables
 from ..modules import DropIn, timm_stem
+from ..ops.support import dtype_name
 from .instances import unpatch
 
 WHOLE = "(whole model)"
@@ -83,8 +84,9 @@ def verify(model: nn.Module, x: torch.Tensor) -> VerifyReport:
         The errors found.
 
     Raises:
-        TypeError: `model` is not a torch.nn.Module.
-        ValueError: `model` is not patched, or is in train mode, or `x` holds nothing.
+        TypeError: `model` is not a torch.nn.Module, or `x` is no tensor of the model's dtype.
+        ValueError: `model` is not patched, or is in train mode, or `x` holds nothing, is not [N, C, H, W] or is on
+            another device than the model.
         VerificationError: (an AssertionError) a result is off by more than its budget.
     """
     if not isinstance(model, nn.Module):
@@ -93,8 +95,7 @@ def verify(model: nn.Module, x: torch.Tensor) -> VerifyReport:
         raise ValueError("`model` must be patched: call mnv4_kernels.patch(model) first")
     if model.training:
         raise ValueError("`model` must be in eval mode, got train mode: call model.eval() first")
-    if x.numel() == 0:
-        raise ValueError(f"`x` must hold at least one image, got shape {tuple(x.shape)}")
+    _check_images(model, x)
     # the copies' hooks are taken off: a user's hook would run three times, and may keep a block from being fused
     patched = _bare(copy.deepcopy(model))
     timm = unpatch(copy.deepcopy(patched))
@@ -106,6 +107,23 @@ def verify(model: nn.Module, x: torch.Tensor) -> VerifyReport:
         details = "\n".join(f"{check.name}: {check.failure}" for check in report.failures)
         raise VerificationError(f"{report}\n{details}")
     return report
+
+
+def _check_images(model: nn.Module, x: Any) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"`x` must be a tensor [N, C, H, W], got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"`x` must have shape [N, C, H, W], got {tuple(x.shape)}")
+    if x.numel() == 0:
+        raise ValueError(f"`x` must hold at least one image, got shape {tuple(x.shape)}")
+    convs = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
+    dtypes, devices = {weight.dtype for weight in convs}, {weight.device for weight in convs}
+    if x.dtype not in dtypes:
+        expected = " or ".join(sorted(map(dtype_name, dtypes)))
+        raise TypeError(f"`x` must have the model's dtype, {expected}, got {dtype_name(x.dtype)}")
+    if x.device not in devices:
+        expected = " or ".join(sorted(map(str, devices)))
+        raise ValueError(f"`x` must be on the model's device, {expected}, got {x.device}")
 
 
 def _checks(patched: Any, timm: Any, exact: Any, x: torch.Tensor) -> Iterator[Check]:
