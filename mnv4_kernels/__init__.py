@@ -5,7 +5,7 @@
     report = mk.patch(model)    # in place; print(report) says what was replaced, what was not and why
     mk.verify(model, x)         # raises unless every block is as exact as timm's
     mk.unpatch(model)
-    fast = mk.optimize(model)   # a new module, for inference on the CPU: the whole network as one planned program
+    fast = mk.optimize(model)   # a new module, for inference: the whole network planned at once
 
 Importing this package registers the ops (`torch.ops.mnv4_kernels`) and changes nothing
 else. timm and Triton are imported by what needs them, when it is called.

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from .ops.activation import ACTIVATIONS
-from .ops.layout import conv_output_size
+from .ops.layout import conv_output_size, same_padding
 from .ops.prepack import PANEL
 from .ops.support import dtype_name
 
@@ -185,12 +185,6 @@ def _sides(
     if min(sides) < 0:
         raise ValueError(f"`{name}` must not be negative, got {padding!r}")
     return sides
-
-
-def same_padding(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
-    """TensorFlow's 'same': ceil(size / stride) outputs, the odd row or column of padding after the image."""
-    total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
-    return total // 2, total - total // 2
 
 
 def _check_tensor(name: str, value: Any) -> None:

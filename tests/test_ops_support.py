@@ -9,8 +9,9 @@ import torch
 
 from mnv4_kernels import environment, functional, testing
 from mnv4_kernels.backends import cuda, native
+from mnv4_kernels.functional._run import run
 from mnv4_kernels.ops._contract import REFERENCES
-from mnv4_kernels.ops.support import REFERENCE, Backend, backends_of, choose, library_reasons
+from mnv4_kernels.ops.support import Backend, backends_of, library_reasons
 from mnv4_kernels.testing import CASES
 
 OPS = sorted({case.op for case in CASES})
@@ -45,17 +46,19 @@ class TestEachOp:
         assert library_reasons(op) == before
 
     def test_the_reference_stands_behind_the_list(self, op: str) -> None:
-        backend, declined = choose(backends_of(op), *FIRST[op].arguments(torch.float64))
-        assert backend == REFERENCE
-        assert list(declined) == [row.name for row in backends_of(op)]
-        assert all(declined.values())
+        arguments = FIRST[op].arguments(torch.float64)
+        assert all(row.reasons(*arguments) for row in backends_of(op))
+        answer = run(lambda *_: "the op", backends_of(op), lambda *_: "the reference", arguments, operands=())
+        assert answer == "the reference"
 
 
-def test_the_first_able_backend_is_chosen_and_the_better_ones_say_why_not() -> None:
-    rows = (Backend("best", lambda n: ["n is odd"] if n % 2 else []), Backend("good", lambda n: []))
-    assert choose(rows, 2) == ("best", {})
-    assert choose(rows, 3) == ("good", {"best": ["n is odd"]})
-    assert choose(rows[:1], 3) == (REFERENCE, {"best": ["n is odd"]})
+def test_the_op_is_called_where_any_backend_can_run_it() -> None:
+    def answer(x: torch.Tensor, *rows: Backend) -> str:
+        return run(lambda _: "the op", rows, lambda _: "the reference", (x,), operands=())
+
+    even, never = Backend("even", lambda x: ["odd"] if len(x) % 2 else []), Backend("never", lambda x: ["never"])
+    assert answer(torch.ones(2), even, never) == answer(torch.ones(2), never, even) == "the op"
+    assert answer(torch.ones(3), even, never) == answer(torch.ones(2)) == "the reference"
 
 
 def test_every_tensor_is_looked_at_and_absent_ones_are_not() -> None:

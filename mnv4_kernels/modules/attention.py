@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .blocks import drop_path_of, has_skip, skip_drop_steps
-from .dropin import DropIn
+from .dropin import BlockForward, DropIn
 from .multi_query import attention_steps
 from .plan import Body
 from .steps import Own
@@ -27,7 +27,7 @@ class MultiQueryAttention2dForward(DropIn):
         return super().forward(x, attn_mask) if y is None else y
 
 
-class MobileAttentionForward(DropIn):
+class MobileAttentionForward(BlockForward):
     """Drop-in forward of timm's MobileAttention."""
 
     def _mnv4_body(self, key: str) -> Body:
@@ -44,8 +44,3 @@ class MobileAttentionForward(DropIn):
         if any(isinstance(step, Own) and step.name == "attn" for step in steps):
             settings = settings[:1]
         return Body(self, steps, residual=has_skip(self), drop_path=drop_path_of(self), settings=settings)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[N, C, H, W] -> [N, K, H, W], in `x`'s memory format."""
-        y = self._mnv4_run(x)
-        return super().forward(x) if y is None else y

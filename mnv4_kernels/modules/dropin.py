@@ -24,6 +24,7 @@ from ..backends.torch_internals import (
 from ..environment import Switches
 from ..ops.layout import memory_format_of
 from ..ops.piece import piece, remember
+from ..ops.support import dtype_name
 from . import leaves
 from .exported import export_piece
 from .plan import Body, Plan, fake_of
@@ -116,7 +117,7 @@ class DropIn(nn.Module):
         plan = self._mnv4_plan(key)
         obstacle = plan.obstacle or plan.switches.obstacle() or plan.watch.obstacle()
         if not obstacle and plan.dtype is not x.dtype:
-            obstacle = f"the input is {_name(x.dtype)}, the parameters are {_name(plan.dtype)}"
+            obstacle = f"the input is {dtype_name(x.dtype)}, the parameters are {dtype_name(plan.dtype)}"
         if not obstacle and plan.device != x.device:
             obstacle = f"the input is on {x.device}, the parameters are on {plan.device}"
         if not obstacle and torch.is_grad_enabled() and (x.requires_grad or plan.watch.wants_grad()):
@@ -285,11 +286,7 @@ def _input_obstacle(x: Any) -> str:
     if x.dim() != 4:
         return f"the input has {x.dim()} dimensions"
     if x.dtype not in leaves.DTYPES:
-        return f"the input is {_name(x.dtype)}"
+        return f"the input is {dtype_name(x.dtype)}"
     if x.device.type not in leaves.DEVICES:
         return f"the input is on {x.device}; the fused ops run on cpu and cuda"
     return ""
-
-
-def _name(dtype: torch.dtype | None) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -66,7 +66,7 @@ def operands(
     packed = pack(weight, scale, op == "dwconv_bn_act")
     float_shift = None if shift is None else shift.float()
     if dtype == torch.float32:
-        return Operands(laid_out(_scaled(weight, scale).float()), None, float_shift, packed)
+        return Operands(laid_out(scaled(weight, scale).float()), None, float_shift, packed)
     float_scale = None if scale is None or packed is not None else scale.float()
     return Operands(laid_out(weight.to(dtype)), float_scale, float_shift, packed)
 
@@ -84,8 +84,9 @@ def pack(weight: torch.Tensor, scale: torch.Tensor | None, depthwise: bool) -> t
     """weight * scale in the order of the C++ microkernels; None on a GPU and where the library is not loaded."""
     if leaves.on_gpu(weight) or not native.available():
         return None
-    return ops.prepack(_scaled(weight, scale).float().contiguous(), depthwise)
+    return ops.prepack(scaled(weight, scale).float().contiguous(), depthwise)
 
 
-def _scaled(weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+def scaled(weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """`weight` [K, ...] with each output channel multiplied by its `scale` [K]; None is 1."""
     return weight if scale is None else weight * scale.view(-1, *[1] * (weight.dim() - 1))

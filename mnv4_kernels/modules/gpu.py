@@ -18,7 +18,7 @@ from .. import ops
 from ..backends import cuda
 from . import folding, leaves
 from .multi_query import MultiQuery, gamma_of, path_of, projection_of
-from .steps import Call, Convolution, Fused, Own, Step
+from .steps import Call, Convolution, Fused, Own, Run, Step, chained
 
 if TYPE_CHECKING:
     from .plan import Body
@@ -107,7 +107,7 @@ def obstacle_of(body: Body) -> str:
     return "; ".join(reasons)
 
 
-def in_order(body: Body) -> Callable[[torch.Tensor], torch.Tensor]:
+def in_order(body: Body) -> Run:
     """One function for a body: its groups folded, called in order, and the skip."""
     items = gathered(body)
     calls = [item.module if isinstance(item, Own) else _prepared(item) for item in items]
@@ -115,24 +115,7 @@ def in_order(body: Body) -> Callable[[torch.Tensor], torch.Tensor]:
     if isinstance(last, Group) and last.adds_input:
         return calls[0]
     takes_residual = isinstance(last, Group) or (not isinstance(last, Own) and last.takes_residual)
-    if body.residual and takes_residual:
-        finish = calls.pop()
-
-        def run_into_skip(x: torch.Tensor) -> torch.Tensor:
-            y = x
-            for call in calls:
-                y = call(y)
-            return finish(y, x)
-
-        return run_into_skip
-
-    def run(x: torch.Tensor) -> torch.Tensor:
-        y = x
-        for call in calls:
-            y = call(y)
-        return y + x if body.residual else y
-
-    return run
+    return chained(calls, body.residual, takes_residual)
 
 
 def explain(body: Body, x: torch.Tensor) -> tuple[list[str], list[str]]:
@@ -214,8 +197,7 @@ def _folded(step: Convolution) -> tuple[torch.Tensor, torch.Tensor | None, torch
 
 def _geometry(conv: nn.Conv2d, height: int, width: int) -> tuple[list[int], list[int], list[int]]:
     """(stride, padding, dilation) for an input of that size."""
-    padding = leaves.static_padding(conv) or leaves.same_padding(conv, height, width)
-    return list(conv.stride), padding, list(conv.dilation)
+    return list(conv.stride), leaves.padding_of(conv, height, width), list(conv.dilation)
 
 
 def _pair_arguments(first: Convolution, second: Convolution) -> Arguments:

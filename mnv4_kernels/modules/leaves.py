@@ -1,6 +1,6 @@
 """Which leaf modules the ops can stand in for, and why not the others.
 
-The tables hold torch's own classes; `patch.rules` adds timm's. A class is looked up
+The tables hold torch's own classes; `patching.dropins` adds timm's. A class is looked up
 exactly, never by isinstance: a subclass may compute something else.
 """
 
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..ops.layout import conv_output_size
+from ..ops import layout
+from ..ops.support import CPP_DTYPES, dtype_name
 
 #: convolution class -> True where it pads as TensorFlow's 'same' does, by the input's size
 CONVS: dict[type[nn.Module], bool] = {nn.Conv2d: False}
@@ -55,8 +56,7 @@ CONV_NORM_ACTS: set[type[nn.Module]] = set()
 ATTENTIONS: set[type[nn.Module]] = set()
 
 #: what the fused ops compute in
-DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
-
+DTYPES = CPP_DTYPES
 
 #: where the fused ops run
 DEVICES = frozenset(("cpu", "cuda"))
@@ -85,7 +85,7 @@ def tensor_reasons(module: nn.Module) -> list[str]:
         elif value.numel() == 1:
             reasons.append(f"`{name}` has a single element")
         elif value.dtype not in DTYPES:
-            reasons.append(f"`{name}` is {str(value.dtype).removeprefix('torch.')}")
+            reasons.append(f"`{name}` is {dtype_name(value.dtype)}")
         elif value.device.type not in DEVICES:
             reasons.append(f"`{name}` is on {value.device}; the fused ops run on cpu and cuda")
     return reasons
@@ -182,13 +182,13 @@ def static_padding(conv: nn.Conv2d) -> list[int] | None:
 
 def same_padding(conv: nn.Conv2d, height: int, width: int) -> list[int]:
     """[top, bottom, left, right] of TensorFlow's 'same' for an input of that size."""
-    padding = []
-    for size, kernel, stride, dilation in zip(
-        (height, width), conv.kernel_size, conv.stride, conv.dilation, strict=True
-    ):
-        total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
-        padding += [total // 2, total - total // 2]
-    return padding
+    axes = zip((height, width), conv.kernel_size, conv.stride, conv.dilation, strict=True)
+    return [side for axis in axes for side in layout.same_padding(*axis)]
+
+
+def padding_of(conv: nn.Conv2d, height: int, width: int) -> list[int]:
+    """[top, bottom, left, right] for an input of that size."""
+    return static_padding(conv) or same_padding(conv, height, width)
 
 
 def output_size(conv: nn.Conv2d, height: int, width: int) -> tuple[int, ...]:
@@ -198,4 +198,4 @@ def output_size(conv: nn.Conv2d, height: int, width: int) -> tuple[int, ...]:
     if padding is None:
         return (-(-height // stride[0]), -(-width // stride[1]))
     sizes = zip((height, width), conv.kernel_size, stride, padding[::2], padding[1::2], conv.dilation, strict=True)
-    return tuple(conv_output_size(*arguments) for arguments in sizes)
+    return tuple(layout.conv_output_size(*arguments) for arguments in sizes)

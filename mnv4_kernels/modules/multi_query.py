@@ -104,7 +104,7 @@ class MultiQuery:
         modules = self.path(name)
         if "down_conv" in modules:
             conv = modules["down_conv"]
-            top, bottom, left, right = _padding_of(conv, x)
+            top, bottom, left, right = leaves.padding_of(conv, x.shape[2], x.shape[3])
             assert down[0] is not None
             padded = F.pad(x, (left, right, top, bottom))
             x = F.conv2d(padded, down[0], None, conv.stride, 0, conv.dilation, conv.groups)
@@ -225,10 +225,6 @@ def _batch_norm(x: torch.Tensor, norm: Any, tensors: Sequence[torch.Tensor | Non
 def gamma_of(layer_scale: Any) -> torch.Tensor | None:
     """The layer scale's factors, None without."""
     return None if layer_scale is None else layer_scale.gamma
-
-
-def _padding_of(conv: nn.Conv2d, x: torch.Tensor) -> list[int]:
-    return leaves.static_padding(conv) or leaves.same_padding(conv, x.shape[2], x.shape[3])
 
 
 Affine = tuple[torch.Tensor, torch.Tensor]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,8 @@ from torch.autograd.function import once_differentiable
 from ..backends.torch_internals import below_autograd
 from ..environment import Switches
 from . import gpu, leaves
-from .steps import Call, Fused, Own, Step
+from .steps import Fused, Own, Run, Step, chained
 from .watch import Watch
-
-Run = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Body:
@@ -122,26 +120,9 @@ def ready(body: Body) -> Run:
 
 def in_order(body: Body) -> Run:
     """`ready` in the mode of the caller."""
-    calls: list[Call] = [step.module if isinstance(step, Own) else step.prepare() for step in body.steps]
+    calls = [step.module if isinstance(step, Own) else step.prepare() for step in body.steps]
     last = body.steps[-1]
-    if body.residual and not isinstance(last, Own) and last.takes_residual:
-        finish = calls.pop()
-
-        def run_into_skip(x: torch.Tensor) -> torch.Tensor:
-            y = x
-            for call in calls:
-                y = call(y)
-            return finish(y, x)
-
-        return run_into_skip
-
-    def run(x: torch.Tensor) -> torch.Tensor:
-        y = x
-        for call in calls:
-            y = call(y)
-        return y + x if body.residual else y
-
-    return run
+    return chained(calls, body.residual, not isinstance(last, Own) and last.takes_residual)
 
 
 def formula_of(body: Body, x: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
@@ -197,6 +178,7 @@ def _on_gpu(body: Body) -> bool:
 
 
 def dtype_of(steps: Sequence[Fused]) -> torch.dtype | None:
+    """The dtype of all convolutions' weights; None where there are several, or no convolution."""
     dtypes = {module.weight.dtype for step in steps for module in step.modules() if isinstance(module, nn.Conv2d)}
     return dtypes.pop() if len(dtypes) == 1 else None
 

@@ -60,7 +60,7 @@ class ProgramBuilder(Builder):
         conv = step.conv
         scale, shift = folding.epilogue_of(conv, step.norm, gamma_of(step.layer_scale))
         kind = {"dwconv_bn_act": "depthwise", "pwconv_bn_act": "pointwise"}.get(step.op, "conv")
-        weight = folding._scaled(conv.weight.detach().double(), scale)
+        weight = folding.scaled(conv.weight.detach().double(), scale)
         return self.convolution(kind, source, weight, shift, step.act_name, _geometry(conv), residual)
 
     def _head(self, head: Head, source: int) -> int:
@@ -68,7 +68,7 @@ class ProgramBuilder(Builder):
         node = self.add("pool", source, channels=conv.in_channels)
         scale, shift = folding.epilogue_of(conv, head.expand.norm, None)
         node = self.add("linear", node, channels=conv.out_channels, act=act_code(head.expand.act_name))
-        weight = folding._scaled(conv.weight.detach().double(), scale)
+        weight = folding.scaled(conv.weight.detach().double(), scale)
         self.arrays += [self.weight(weight), self.vector(shift, conv.out_channels)]
         linear = head.classifier
         if linear is None:
@@ -90,7 +90,7 @@ class ProgramBuilder(Builder):
             _product(attention.query.proj, norm),
             _path(step.path("key"), norm),
             _path(step.path("value"), norm),
-            (folding._scaled(output.weight.detach().double(), scale).flatten(1), shift),
+            (folding.scaled(output.weight.detach().double(), scale).flatten(1), shift),
             attention.num_heads,
             None if down is None else _geometry(down),
             residual,
@@ -128,7 +128,7 @@ def _path(modules: dict[str, Any], norm: tuple[torch.Tensor, torch.Tensor] | Non
     if "down_conv" not in modules:
         return Path(None, _product(modules["proj"], norm))
     factor, offset = folding.affine_of(modules["norm"])
-    weight = folding._scaled(modules["down_conv"].weight.detach().double(), factor)
+    weight = folding.scaled(modules["down_conv"].weight.detach().double(), factor)
     return Path((weight, offset), _product(modules["proj"], None))
 
 

@@ -23,6 +23,9 @@ from . import folding, leaves
 #: a ready call: (x [N, C, H, W], residual or None) -> y
 Call = Callable[..., torch.Tensor]
 
+#: several in a row: x -> y
+Run = Callable[[torch.Tensor], torch.Tensor]
+
 
 class Fused(Protocol):
     """A piece that ops compute, standing in for timm's modules."""
@@ -116,8 +119,7 @@ class Convolution:
         weight, bias, mean, variance, affine_weight, affine_bias, gamma = tensors
         assert weight is not None
         conv = self.conv
-        padding = leaves.static_padding(conv)
-        top, bottom, left, right = padding or leaves.same_padding(conv, x.shape[2], x.shape[3])
+        top, bottom, left, right = leaves.padding_of(conv, x.shape[2], x.shape[3])
         if top == bottom and left == right:
             y = F.conv2d(x, weight, bias, conv.stride, (top, left), conv.dilation, conv.groups)
         else:
@@ -187,6 +189,28 @@ def _spatial_call(step: Convolution, operands: folding.Operands) -> Call:
         return op(x, *first, leaves.same_padding(conv, x.shape[2], x.shape[3]), *tail)
 
     return padded_call
+
+
+def chained(calls: Sequence[Call], residual: bool, last_takes_residual: bool) -> Run:
+    """One function that makes `calls` in order; where `residual`, the input is added, by the last call if it can."""
+    if residual and last_takes_residual:
+        *first, finish = calls
+
+        def run_into_skip(x: torch.Tensor) -> torch.Tensor:
+            y = x
+            for call in first:
+                y = call(y)
+            return finish(y, x)
+
+        return run_into_skip
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        y = x
+        for call in calls:
+            y = call(y)
+        return y + x if residual else y
+
+    return run
 
 
 Step = Fused | Own

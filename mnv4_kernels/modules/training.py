@@ -20,6 +20,7 @@ from ..backends import native
 from ..backends.torch_internals import foreach_add_, foreach_lerp_, foreach_mul
 from ..environment import Switches
 from ..ops import DIRECT
+from ..ops.support import dtype_name
 from . import gpu, leaves
 from .multi_query import MultiQuery
 from .plan import Body
@@ -121,7 +122,7 @@ class TrainingPlan:
         if any(drop.training and drop.p > 0 for drop in self._drops):
             return "dropout inside attention"
         if dtype != self.dtype and not torch.is_autocast_enabled(device.type):
-            return f"the input is {dtype}, the parameters are {self.dtype}"
+            return f"the input is {dtype_name(dtype)}, the parameters are {dtype_name(self.dtype)}"
         if device != self.device:
             return f"the input is on {device}, the parameters are on {self.device}"
         return ""
@@ -211,7 +212,7 @@ def _convolve(step: Convolution, state: Pending, statistics: _Statistics) -> Pen
     name = _TRAINING_OPS[step.op]
     geometry: list[Any] = []
     if step.op != "pwconv_bn_act":
-        padding = leaves.static_padding(conv) or leaves.same_padding(conv, state.x.shape[2], state.x.shape[3])
+        padding = leaves.padding_of(conv, state.x.shape[2], state.x.shape[3])
         geometry = [list(conv.stride), padding, list(conv.dilation)]
     last = (step.channels_last,) if step.op == "conv_bn_act" else ()
     z, mean, variance = _op(name, state.x)(state.x, *state.norm, conv.weight, *geometry, moments, *last)

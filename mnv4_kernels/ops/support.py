@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from .. import environment
 from ..backends import cuda, native
-from ..backends.torch_internals import constant_in_graphs
-
-#: Answers where no backend can.
-REFERENCE = "reference"
+from ..backends.torch_internals import OpOverload, constant_in_graphs
 
 #: What the C++ kernels read and write; they accumulate in float32.
 CPP_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
@@ -32,24 +29,6 @@ class Backend(NamedTuple):
     name: str
     #: takes the op's arguments; empty list: this backend can run them
     reasons: Callable[..., list[str]]
-
-
-class Choice(NamedTuple):
-    """The backend that answers, and what kept each better one from answering."""
-
-    backend: str
-    declined: dict[str, list[str]]
-
-
-def choose(backends: Sequence[Backend], *arguments: Any) -> Choice:
-    """The first of `backends` that can run `arguments`, else the reference."""
-    declined: dict[str, list[str]] = {}
-    for backend in backends:
-        reasons = backend.reasons(*arguments)
-        if not reasons:
-            return Choice(backend.name, declined)
-        declined[backend.name] = reasons
-    return Choice(REFERENCE, declined)
 
 
 def backends_of(op: str) -> tuple[Backend, ...]:
@@ -74,6 +53,20 @@ def library_reasons(op: str) -> list[str]:
     return [*switch_reasons(op), *native.reasons()]
 
 
+def cpp(op: OpOverload) -> Backend:
+    """The row of `op`'s C++ kernel."""
+    # read here, since Dynamo of older torch can't iterate over a schema's arguments
+    names = tuple(argument.name for argument in op._schema.arguments)
+    return Backend("cpp", functools.partial(cpp_reasons, op._opname, names))
+
+
+def cpp_reasons(op: str, names: tuple[str, ...], *arguments: Any) -> list[str]:
+    """Why the C++ kernel of `op`, whose arguments are called `names`, can't run this call; empty list: it can."""
+    named = zip(names, arguments, strict=False)
+    tensors = {name: value for name, value in named if isinstance(value, torch.Tensor)}
+    return [*library_reasons(op), *tensor_reasons(**tensors)]
+
+
 def triton(op: str) -> Backend:
     """The row of `op`'s Triton kernel."""
     return Backend("triton", functools.partial(triton_reasons, op))
@@ -84,12 +77,10 @@ def triton_reasons(op: str, *arguments: Any) -> list[str]:
     return [*switch_reasons(op), *cuda.reasons_for(op, *arguments)]
 
 
-def tensor_reasons(**tensors: torch.Tensor | None) -> list[str]:
-    """What the C++ kernels don't take among an op's tensors, by name; None stands for an absent argument."""
+def tensor_reasons(**tensors: torch.Tensor) -> list[str]:
+    """What the C++ kernels don't take among an op's tensors, by name."""
     reasons = []
     for name, value in tensors.items():
-        if value is None or (value.is_cpu and value.dtype in CPP_DTYPES):
-            continue
         if not value.is_cpu:
             reasons.append(f"`{name}` is on {value.device}; the C++ kernels run on cpu")
         if value.dtype not in CPP_DTYPES:
@@ -97,6 +88,6 @@ def tensor_reasons(**tensors: torch.Tensor | None) -> list[str]:
     return reasons
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype | None) -> str:
     """`dtype` as people write it: float32, not torch.float32."""
     return str(dtype).removeprefix("torch.")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .._arguments import same_padding
+from ..ops.layout import same_padding
 from .layouts import lay_out
 
 Padding = tuple[int, int, int, int]

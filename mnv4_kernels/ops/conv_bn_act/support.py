@@ -2,26 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+from ..support import cpp, triton
+from .contract import conv_bn_act
 
-from ..support import Backend, library_reasons, tensor_reasons, triton
-
-
-def supports(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    act: str,
-    channels_last: bool,
-    packed: torch.Tensor | None = None,
-) -> list[str]:
-    """Why the C++ kernel can't run this call; empty list: it can."""
-    tensors = tensor_reasons(x=x, weight=weight, scale=scale, shift=shift, packed=packed)
-    return [*library_reasons("conv_bn_act"), *tensors]
-
-
-BACKENDS = (Backend("cpp", supports), triton("conv_bn_act"))
+BACKENDS = (cpp(conv_bn_act), triton("conv_bn_act"))

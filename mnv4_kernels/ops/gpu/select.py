@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ... import tuned
+from ..support import dtype_name
 from . import heuristics
 from .config import (
     AnyConfig,
@@ -91,11 +92,6 @@ def ceilings(device: torch.device) -> Ceilings:
 def _scaled(ceilings: Ceilings, part: float, multiprocessors: int) -> Ceilings:
     rates = ("l2_gb_s", "l1_gb_s", "matmul_tflop_s", "fma_tflop_s")
     return replace(ceilings, multiprocessors=multiprocessors, **{key: part * getattr(ceilings, key) for key in rates})
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The dtype's name in tuned files: bfloat16, float16, float32."""
-    return str(dtype).removeprefix("torch.")
 
 
 @contextmanager

@@ -6,19 +6,18 @@ from typing import Any
 
 import torch
 
-from ..support import CPP_DTYPES, Backend, library_reasons, tensor_reasons
+from ..support import CPP_DTYPES, Backend, cpp, dtype_name
 from .contract import mobile_attention
 
-# read here, since Dynamo of older torch can't iterate over a schema's arguments
+_KERNEL = cpp(mobile_attention)
 _NAMES = tuple(argument.name for argument in mobile_attention._schema.arguments)
 
 
 def supports(*arguments: Any) -> list[str]:
     """Why the engine can't run this call; empty list: it can."""
     named = dict(zip(_NAMES, arguments, strict=False))
-    tensors = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
     asked = (named[name] for name in ("x", "query_weight", "key_down", "value_down", "heads", "scale"))
-    return [*library_reasons("mobile_attention"), *tensor_reasons(**tensors), *declined(*asked)]
+    return [*_KERNEL.reasons(*arguments), *declined(*asked)]
 
 
 def declined(
@@ -30,7 +29,7 @@ def declined(
     scale: float,
 ) -> list[str]:
     """What the engine's attention does not compute of a call, in words; empty list: it computes all."""
-    reasons = [] if x.dtype in CPP_DTYPES else [f"`x` is {x.dtype}"]
+    reasons = [] if x.dtype in CPP_DTYPES else [f"`x` is {dtype_name(x.dtype)}"]
     root = (query_weight.shape[0] // heads) ** -0.5
     if abs(scale - root) > 1e-12:
         reasons.append(f"`scale` is {scale}; the engine multiplies the scores with {root}, the root of 1 / key_dim")
@@ -39,4 +38,4 @@ def declined(
     return reasons
 
 
-BACKENDS = (Backend("cpp", supports),)
+BACKENDS = (Backend(_KERNEL.name, supports),)

@@ -2,26 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+from ..support import cpp, triton
+from .contract import pwconv_bn_act
 
-from ..support import Backend, library_reasons, tensor_reasons, triton
-
-
-def supports(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    act: str,
-    gamma: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    packed: torch.Tensor | None = None,
-) -> list[str]:
-    """Why the C++ kernel can't run this call; empty list: it can."""
-    tensors = tensor_reasons(
-        x=x, weight=weight, scale=scale, shift=shift, gamma=gamma, residual=residual, packed=packed
-    )
-    return [*library_reasons("pwconv_bn_act"), *tensors]
-
-
-BACKENDS = (Backend("cpp", supports), triton("pwconv_bn_act"))
+BACKENDS = (cpp(pwconv_bn_act), triton("pwconv_bn_act"))
