@@ -3,9 +3,10 @@
 from . import leaves
 from .attention import MobileAttentionForward, MultiQueryAttention2dForward
 from .blocks import ConvBnActForward, ConvNormActForward, EdgeResidualForward, UniversalInvertedResidualForward
+from .body import Body
 from .dropin import DropIn, leave_room, make_room, refresh
 from .network import HEAD, PRE_LOGITS, STEM, MobileNetV3FeaturesForward, MobileNetV3Forward, timm_stem
-from .plan import Body, Plan
+from .plan import Plan
 from .steps import Own
 from .training import TrainingPlan
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from .blocks import drop_path_of, has_skip, skip_drop_steps
+from .body import Body
 from .dropin import BlockForward, DropIn
 from .multi_query import attention_steps
-from .plan import Body
 from .steps import Own
 
 _SETTINGS = ("num_heads", "key_dim", "scale", "fused_attn", "has_query_strides", "einsum")

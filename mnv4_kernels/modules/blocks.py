@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from . import leaves
+from .body import Body
 from .dropin import BlockForward
-from .plan import Body
 from .steps import Convolution, Own, Step, convolution, optional
 
 ANTI_ALIASING = "anti-aliasing pool: no op computes it; on a CPU the program of a whole network does"

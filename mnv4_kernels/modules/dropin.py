@@ -26,8 +26,9 @@ from ..ops.layout import memory_format_of
 from ..ops.piece import piece, remember
 from ..ops.support import dtype_name
 from . import leaves
+from .body import Body, fake_of
 from .exported import export_piece
-from .plan import Body, Plan, fake_of
+from .plan import Plan
 from .traced import TracedPlan, describe
 from .training import TrainingPlan
 

@@ -15,7 +15,8 @@ import torch
 from ..backends.torch_internals import constant_in_graphs
 from ..environment import Switches
 from . import leaves
-from .plan import Body, dtype_of, in_order
+from .body import Body, dtype_of
+from .plan import in_order
 from .watch import obstacle_of
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,11 +17,9 @@ from torch import nn
 from .. import ops
 from ..backends import cuda
 from . import folding, leaves
+from .body import Body
 from .multi_query import MultiQuery, gamma_of, path_of, projection_of
 from .steps import Call, Convolution, Fused, Own, Run, Step, chained
-
-if TYPE_CHECKING:
-    from .plan import Body
 
 #: (input, residual or None) -> an op's arguments
 Arguments = Callable[[torch.Tensor, torch.Tensor | None], tuple[Any, ...]]

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from ..backends.torch_internals import suggest_memory_format
 from . import leaves
+from .body import Body
 from .dropin import DropIn
 from .head import head_steps
-from .plan import Body
 from .section import Section, sections
 from .steps import Own, Step, convolution
 from .training import Pending, written

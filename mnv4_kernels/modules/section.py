@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from . import leaves
+from .body import Body, fake_of, formula_of
 from .dropin import DropIn, make_room
-from .plan import Body, fake_of, formula_of
 from .program import pool_obstacle
 from .steps import Call, Own, Step
 

@@ -22,8 +22,8 @@ from ..environment import Switches
 from ..ops import DIRECT
 from ..ops.support import dtype_name
 from . import gpu, leaves
+from .body import Body
 from .multi_query import MultiQuery
-from .plan import Body
 from .steps import Convolution, Fused, Own, Step
 from .watch import HOOKED, Watch
 
