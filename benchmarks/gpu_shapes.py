@@ -361,10 +361,11 @@ def launches(call: Call) -> list[Launch]:
 def compiles_as(launch: Launch) -> tuple[Any, ...]:
     """What Triton specialises a launch on: launches that agree in it are one binary."""
 
-    def kind(value: Any) -> Any:
+    def kind(value: Any, specialised: bool) -> Any:
         if isinstance(value, int):
-            return "one" if value == 1 else value % 16 == 0
+            return specialised and ("one" if value == 1 else value % 16 == 0)
         return str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
 
-    arguments = tuple(kind(value) for value in launch.arguments)
-    return (launch.kernel.__name__, arguments, tuple(sorted(launch.constants.items())), launch.config)
+    specialised = (not parameter.do_not_specialize for parameter in launch.kernel.params)
+    arguments = tuple(map(kind, launch.arguments, specialised))
+    return (launch.kernel.__name__, arguments, *(tuple(sorted(d.items())) for d in (launch.constants, launch.options)))

@@ -102,6 +102,25 @@ def sharded(folder: Path) -> Gradients:
     return found
 
 
+def synchronised(folder: Path) -> Gradients:
+    """What torch says of synchronised statistics on CPUs: unpatched, converted before patching, and after it."""
+    convert = nn.SyncBatchNorm.convert_sync_batchnorm
+    converted_first = convert(smooth())
+    reasons = [reason for row in mk.patch(converted_first).rows for _, reason in row.kept]
+    assert "the statistics of SyncBatchNorm are of all processes: the ops have those of one" in reasons
+    said = []
+    for model in (convert(smooth()), converted_first, convert(_patched(smooth()))):
+        try:
+            model(batch(folder))
+        except ValueError as error:
+            said.append(str(error))
+    # all three in torch's words
+    assert len(said) == 3
+    assert len(set(said)) == 1
+    assert said[0].startswith("SyncBatchNorm expected input tensor to be on GPU")
+    return {}
+
+
 def _unpatched_and_patched_again(model: Any) -> None:
     """What `unpatch` leaves of a sharded model, and what `patch` says to one."""
     from torch.distributed.fsdp import FSDPModule
@@ -121,4 +140,4 @@ def _patched(model: nn.Module) -> Any:
     return model
 
 
-JOBS = (parallel, parallel_with_batch_statistics, parallel_accumulated, sharded)
+JOBS = (parallel, parallel_with_batch_statistics, parallel_accumulated, sharded, synchronised)

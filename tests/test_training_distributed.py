@@ -8,6 +8,7 @@ import processes as jobs
 import pytest
 import torch
 from models import double_of, images
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 from training_models import loss_of, smooth
 
@@ -72,3 +73,20 @@ def test_accumulation_without_communication_and_checkpointing(found: list[dict[s
 
 def test_fully_sharded_parameters(found: list[dict[str, jobs.Gradients]]) -> None:
     assert_as_exact_as_eager([each["sharded"] for each in found], jobs.frozen(), 2, 0.5)
+
+
+def test_synchronised_statistics_are_torchs_before_and_after_patching(found: list[dict[str, jobs.Gradients]]) -> None:
+    """On CPUs torch refuses them, patched or not; the process's own test says so of each order and of the report."""
+    assert all("synchronised" in each for each in found)
+
+
+@pytest.mark.parametrize("patched_first", [True, False])
+def test_converted_statistics_in_one_process_are_the_batchs(patched_first: bool) -> None:
+    model = smooth()
+    if patched_first:
+        mk.patch(model)
+    # timm's, which keeps the activations of its norms
+    model = convert_sync_batchnorm(model)
+    if not patched_first:
+        mk.patch(model)
+    assert_as_exact_as_eager([of_parts(model, 1, 1.0)], smooth(), 1, 1.0)

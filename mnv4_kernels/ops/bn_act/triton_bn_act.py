@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..gpu.config import PositionsConfig
-from ..gpu.launch import Launch, answer, cdiv, channel_vector, needs_int64, nhwc
+from ..gpu.launch import SIZES, Launch, answer, cdiv, channel_vector, needs_int64, nhwc
 from ..gpu.normalise import normalisation, normalised
 from ..gpu.select import positions_config
 from ..layout import memory_format_of
@@ -27,7 +27,7 @@ def image_positions(i_tile, positions, INT64: tl.constexpr, BLOCK_P: tl.constexp
     return o_p, m_p
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _bn_act_fwd_kernel(
     x_ptr,  # [P, C]
     mean_ptr,  # [C] or None

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..gpu.config import PositionsConfig
 from ..gpu.device import activate
-from ..gpu.launch import Gradients, Launch, answer, cdiv, channel_vector, needs_int64, nhwc
+from ..gpu.launch import SIZES, Gradients, Launch, answer, cdiv, channel_vector, needs_int64, nhwc
 from ..gpu.normalise import activate_backward, normalisation
 from ..gpu.reduction import finish, join_sums
 from ..gpu.select import positions_config
@@ -21,7 +21,7 @@ from .reference import backward_reference
 from .triton_bn_act import image_positions
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _bn_act_bwd_kernel(
     grad_ptr,  # [P, C]
     x_ptr,  # [P, C]

@@ -11,7 +11,17 @@ import triton.language as tl
 from ..conv_bn_act.reference import output_format
 from ..gpu.config import GemmConfig
 from ..gpu.device import dot, grouped_tile, output_pixels
-from ..gpu.launch import Launch, answer, cdiv, channel_vector, dot_precision, geometry_constants, needs_int64, nhwc
+from ..gpu.launch import (
+    SIZES,
+    Launch,
+    answer,
+    cdiv,
+    channel_vector,
+    dot_precision,
+    geometry_constants,
+    needs_int64,
+    nhwc,
+)
 from ..gpu.normalise import normalisation
 from ..gpu.reduction import join_moments, store_tile_moments
 from ..gpu.select import training_gemm_config
@@ -20,7 +30,7 @@ from ..layout import empty_like_conv
 from .reference import Moments, moments_like, reference
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _bn_act_conv_fwd_kernel(
     x_ptr,  # [N, H, W, C]; GATHERED: in any strides
     mean_ptr,  # [C] or None

@@ -17,6 +17,7 @@ import triton.language as tl
 from ..gpu.config import GemmConfig, SplitConfig
 from ..gpu.device import dot, grouped_tile, output_pixels
 from ..gpu.launch import (
+    SIZES,
     Gradients,
     Launch,
     answer,
@@ -35,7 +36,7 @@ from ..layout import memory_format_of
 from .reference import backward_reference
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _bn_act_conv_bwd_dx_kernel(
     grad_ptr,  # [N, OH, OW, K]
     grad_mean_ptr,  # [K] or None
@@ -125,7 +126,7 @@ def _bn_act_conv_bwd_dx_kernel(
         tl.store(p_sums + channels, tl.sum(b_d * b_centred, 0), mask=m_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _bn_act_conv_bwd_dw_kernel(
     grad_ptr,  # [N, OH, OW, K]
     grad_mean_ptr,  # [K] or None

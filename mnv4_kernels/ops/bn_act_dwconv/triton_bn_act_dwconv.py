@@ -13,7 +13,7 @@ import triton.language as tl
 from ..bn_act_conv.reference import Moments, moments_like
 from ..gpu.config import DepthwiseConfig
 from ..gpu.depthwise import depthwise_rows, output_columns
-from ..gpu.launch import Launch, answer, cdiv, channel_vector, geometry_constants, needs_int64, nhwc, tap_major
+from ..gpu.launch import SIZES, Launch, answer, cdiv, channel_vector, geometry_constants, needs_int64, nhwc, tap_major
 from ..gpu.normalise import normalisation
 from ..gpu.reduction import join_moments, store_moments
 from ..gpu.select import training_depthwise_config
@@ -21,7 +21,7 @@ from ..layout import empty_like_conv, memory_format_of
 from .reference import reference
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _bn_act_dwconv_fwd_kernel(
     x_ptr,  # [N, H, W, C]
     mean_ptr,  # [C] or None

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ..gpu.config import PositionsConfig
 from ..gpu.launch import (
+    SIZES,
     Gradients,
     Launch,
     answer,
@@ -36,7 +37,7 @@ from ..layout import memory_format_of
 from .reference import backward_reference
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _bn_act_dwconv_bwd_kernel(
     grad_ptr,  # [N, OH, OW, C]
     grad_mean_ptr,  # [C] or None

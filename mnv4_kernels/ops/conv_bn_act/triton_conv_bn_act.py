@@ -10,14 +10,24 @@ import triton.language as tl
 
 from ..gpu.config import GemmConfig
 from ..gpu.device import dot, grouped_tile, output_pixels, store_epilogue
-from ..gpu.launch import Launch, answer, cdiv, channel_vector, dot_precision, geometry_constants, needs_int64, nhwc
+from ..gpu.launch import (
+    SIZES,
+    Launch,
+    answer,
+    cdiv,
+    channel_vector,
+    dot_precision,
+    geometry_constants,
+    needs_int64,
+    nhwc,
+)
 from ..gpu.select import gemm_config
 from ..gpu.taps import GATHERED_CHANNELS
 from ..layout import empty_like_conv
 from .reference import output_format
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _conv_bn_act_fwd_kernel(
     x_ptr,  # [N, H, W, C]
     w_ptr,  # [K, kh, kw, C]
@@ -78,7 +88,7 @@ def _conv_bn_act_fwd_kernel(
     store_epilogue(acc, scale_ptr, shift_ptr, None, None, y_ptr, o_m * outputs, m_m, i_n * BLOCK_N, outputs, ACT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _conv_bn_act_gathered_fwd_kernel(
     x_ptr,  # [N, C, H, W], any strides
     w_ptr,  # [K, kh, kw, C]

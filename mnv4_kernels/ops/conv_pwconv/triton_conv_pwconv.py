@@ -16,6 +16,7 @@ from ..gpu.config import GemmConfig
 from ..gpu.device import dot, output_pixels, scale_shift, store_epilogue
 from ..gpu.gate import MAX_PAIR_HIDDEN, ConvPairShape, Decision
 from ..gpu.launch import (
+    SIZES,
     Launch,
     answer,
     cdiv,
@@ -31,7 +32,7 @@ from ..layout import empty_like_conv, memory_format_of
 from ..pwconv_bn_act import triton_pwconv_bn_act as pointwise
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _conv_pwconv_fwd_kernel(
     x_ptr,  # [N, H, W, C]
     conv_ptr,  # [E, kh, kw, C]

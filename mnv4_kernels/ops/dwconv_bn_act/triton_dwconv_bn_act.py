@@ -13,12 +13,12 @@ import triton.language as tl
 from ..gpu.config import DepthwiseConfig
 from ..gpu.depthwise import depthwise_rows, output_columns
 from ..gpu.device import scale_shift
-from ..gpu.launch import Launch, answer, cdiv, channel_vector, geometry_constants, needs_int64, nhwc, tap_major
+from ..gpu.launch import SIZES, Launch, answer, cdiv, channel_vector, geometry_constants, needs_int64, nhwc, tap_major
 from ..gpu.select import depthwise_config
 from ..layout import empty_like_conv, memory_format_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _dwconv_bn_act_fwd_kernel(
     x_ptr,  # [N, H, W, C]
     w_ptr,  # [kh, kw, C]

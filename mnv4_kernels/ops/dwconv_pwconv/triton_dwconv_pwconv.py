@@ -17,6 +17,7 @@ from ..gpu.depthwise import depthwise_rows, output_columns
 from ..gpu.device import dot, scale_shift, store_epilogue
 from ..gpu.gate import Decision, DepthwisePairShape
 from ..gpu.launch import (
+    SIZES,
     Launch,
     answer,
     cdiv,
@@ -32,7 +33,7 @@ from ..layout import conv_output_size, empty_like_conv, memory_format_of
 from ..pwconv_bn_act import triton_pwconv_bn_act as pointwise
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _dwconv_pwconv_fwd_kernel(
     x_ptr,  # [N, H, W, C]
     dw_ptr,  # [kh, kw, C]

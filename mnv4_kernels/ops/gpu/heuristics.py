@@ -154,12 +154,13 @@ def training_gemm(
     block_m, block_n = config.block_m, min(config.block_n, 128)
     if backward and block_n == 128:
         block_m = min(block_m, 64)
-    # with four warps ptxas spills of forward tiles of 32 rows on sm_90, of 128 rows and few columns on sm_80 and sm_86,
-    # whatever the stages
-    warps = 8 if block_m * block_n >= 128 * 64 or (block_m in (32, 128) and not backward) else 4
-    return replace(
-        config, block_m=block_m, block_n=block_n, block_k=min(config.block_k, 128 // element_size), warps=warps
-    )
+    if not backward and block_m == 32:
+        # wider ones spill on sm_90, with four warps and with eight, with Triton 3.6 or with 3.9
+        block_n = min(block_n, 64)
+    # with four warps ptxas spills of forward tiles of 128 rows and few columns on sm_80 and sm_86, whatever the stages
+    warps = 8 if block_m * block_n >= 128 * 64 or (block_m == 128 and not backward) else 4
+    block_k = min(config.block_k, 128 // element_size)
+    return replace(config, block_m=block_m, block_n=block_n, block_k=block_k, warps=warps)
 
 
 def split(

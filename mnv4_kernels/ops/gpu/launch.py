@@ -13,6 +13,13 @@ from .config import Config
 INT32_EXTENT = 2**31 - 1
 
 
+#: Kernels' arguments that decide the width of no access: Triton would compile anew for those that 16 divides and for 1.
+#: What does decide it has its divisor in a constant, see `channel_vector`.
+SIZES = (
+    "m", "positions", "pixels", "columns", "n_strips", "height", "width", "out_h", "out_w", "phase_h", "phase_w",
+    "shift_h", "shift_w", "rows", "part", "n_groups", "k_groups", "channel_groups", "hidden_groups", "output_groups",
+)  # fmt: skip
+
 #: What a backward's `build` answers: a gradient of each input, an empty tensor for what is absent or not needed.
 Gradients = tuple[torch.Tensor, ...]
 

@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 
 from ..gpu.config import PoolConfig
-from ..gpu.launch import Launch, answer, cdiv, channel_vector, needs_int64, nhwc
+from ..gpu.launch import SIZES, Launch, answer, cdiv, channel_vector, needs_int64, nhwc
 from ..gpu.select import pool_config
 from ..pwconv_bn_act.triton_pwconv_bn_act import matrix_launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _global_pool_fwd_kernel(
     x_ptr,  # [N, P, C]
     y_ptr,  # [N, C]

@@ -13,6 +13,7 @@ import triton.language as tl
 from ..gpu.config import GemmConfig
 from ..gpu.device import dot, scale_shift
 from ..gpu.launch import (
+    SIZES,
     Launch,
     answer,
     cdiv,
@@ -28,7 +29,7 @@ from ..gpu.select import kv_config
 from .contract import fake
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _kv_downsample_fwd_kernel(
     x_ptr,  # [N, H, W, C]
     key_down_ptr,  # [kh, kw, C], or None: no depthwise

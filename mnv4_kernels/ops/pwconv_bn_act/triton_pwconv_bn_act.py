@@ -12,12 +12,12 @@ import triton.language as tl
 
 from ..gpu.config import GemmConfig
 from ..gpu.device import dot, grouped_tile, store_epilogue
-from ..gpu.launch import Launch, answer, cdiv, channel_vector, dot_precision, needs_int64, nhwc
+from ..gpu.launch import SIZES, Launch, answer, cdiv, channel_vector, dot_precision, needs_int64, nhwc
 from ..gpu.select import gemm_config
 from ..layout import memory_format_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _pwconv_bn_act_fwd_kernel(
     x_ptr,  # [M, K]
     w_ptr,  # [N, K]

@@ -10,11 +10,11 @@ import triton.language as tl
 
 from ..gpu.config import GemmConfig
 from ..gpu.device import dot, scale_shift, store_epilogue
-from ..gpu.launch import Launch, cdiv, channel_vector, dot_precision, needs_int64, next_power_of_2, nhwc
+from ..gpu.launch import SIZES, Launch, cdiv, channel_vector, dot_precision, needs_int64, next_power_of_2, nhwc
 from ..gpu.select import expand_project_config
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _expand_project_fwd_kernel(
     x_ptr,  # [M, C]
     expand_ptr,  # [E, C]
