@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ def _device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _stage(out: Path, name: str, *more: str) -> dict[str, Any]:
     options = ["--models", "conv_small_035", "--batches", "1", "--dtypes", "float32", "--size", "32", "--rows", "1"]
-    status = gpu_worker.main(["--stage", name, "--out", str(out), "--seconds", "300", *options, *more])
+    until = ["--until", str(time.monotonic() + 300)]
+    status = gpu_worker.main(["--stage", name, "--out", str(out), *until, *options, *more])
     rows = json.loads((out / "campaign.json").read_text())[name]
     assert status == 0, rows
     return rows
