@@ -130,6 +130,7 @@ py::dict facts(const Row<Kernel>& row) {
     found["max_rows"] = row.kernel->max_rows;
     found["wide_rows"] = row.kernel->wide_rows;
     found["wide_panels"] = row.kernel->wide_panels;
+    found["row_stride"] = std::vector<ptrdiff_t>(row.kernel->row_stride, row.kernel->row_stride + kRowVariants);
     found["image_segment"] = row.kernel->image_segment;
   }
   return found;
@@ -158,7 +159,7 @@ using OptionalBuffer = std::optional<py::buffer>;
 inline void* data(const py::buffer& buffer, bool writable = false) { return buffer.request(writable).ptr; }
 inline void* data(const OptionalBuffer& buffer) { return buffer ? data(*buffer) : nullptr; }
 
-// One tile. `variant` is an index of kRowStrides, or -1 for a wide tile of `rows` rows.
+// One tile. `variant` is a RowVariant, or -1 for a wide tile of `rows` rows.
 inline void run_gemm_tile(const std::string& name, const Numbers& n, const std::vector<ptrdiff_t>& segments,
                           const std::string& act, const py::buffer& a, const py::buffer& b, const py::buffer& bias,
                           const OptionalBuffer& gamma, const OptionalBuffer& residual, const py::buffer& c,
@@ -223,10 +224,8 @@ inline void run_dwconv(const std::string& name, const Numbers& n, const std::str
 
 inline void define(py::module_& m) {
   m.def("lists", &lists, "Every family's list, best kernel first: what each row says of itself.");
-  m.def(
-      "row_strides", [] { return std::vector<ptrdiff_t>(kRowStrides, kRowStrides + kRowVariants); },
-      "Row strides that GEMM tiles are compiled for; the first stands for any other.");
-  m.attr("image_row") = kImageRow;
+  m.attr("any_row") = static_cast<int>(kAnyRow);
+  m.attr("image_row") = static_cast<int>(kImageRow);
   m.def("gemm_tile", &run_gemm_tile, py::arg("name"), py::arg("numbers"), py::arg("segments"), py::arg("act"),
         py::arg("a"), py::arg("b"), py::arg("bias"), py::arg("gamma"), py::arg("residual"), py::arg("c"),
         py::arg("partial"), "One GemmTile of kernel `name`; `numbers` are its fields, `rows` and `variant`.");
@@ -243,6 +242,14 @@ inline void define(py::module_& m) {
       },
       py::arg("name"), py::arg("type"), py::arg("widen"), py::arg("x"), py::arg("y"), py::arg("n"),
       "`n` numbers from `type` to float32, or back.");
+  m.def(
+      "narrow_triples",
+      [](const std::string& name, const py::buffer& x, int64_t x_plane, const py::buffer& y, int64_t n) {
+        find(pointwise_rows(), name)
+            .narrow_triples(static_cast<const float*>(data(x)), x_plane, static_cast<uint16_t*>(data(y, true)), n);
+      },
+      py::arg("name"), py::arg("x"), py::arg("x_plane"), py::arg("y"), py::arg("n"),
+      "Three planes of `n` float32 to [n][3] in bfloat16.");
   m.def(
       "mean_pixels",
       [](const std::string& name, const py::buffer& x, int64_t pixels, int64_t x_pixel, int64_t channels,

@@ -108,11 +108,11 @@ class Tile:
         self.input, self.output = dtype_of(kernel["input"]), dtype_of(kernel["output"])
         self.panels = kernel["wide_panels"] if variant < 0 else 1
         self.n = (self.panels - 1) * PANEL + columns
-        if kernels.row_strides()[variant] == kernels.image_row and variant > 0:
+        if variant == kernels.image_row:
             length = kernel["image_segment"]
         self.segment_length = length
         # overlapping rows are what a strided image has: the same element may belong to several
-        self.a_row = kernels.row_strides()[variant] if variant > 0 else segments * (length + 3) + 5
+        self.a_row = kernel["row_stride"][variant] if variant > kernels.any_row else segments * (length + 3) + 5
         # in an order that is not theirs in memory
         self.segments = [(length + 3) * index for index in reversed(range(segments))]
         at = torch.tensor(
@@ -190,7 +190,7 @@ gemm_rows = pytest.mark.parametrize("kernel", rows_of("gemm"))
 
 
 @gemm_rows
-@pytest.mark.parametrize("variant", range(len(kernels.row_strides())))
+@pytest.mark.parametrize("variant", range(len(LISTS["gemm"][0]["row_stride"])))
 def test_every_gemm_tile_of_every_height_and_stride(kernel: dict[str, Any], variant: int) -> None:
     for rows in range(1, kernel["max_rows"] + 1):
         for segments, length in ((1, 2), (1, 34), (3, 4), (5, 16)):
@@ -283,7 +283,8 @@ class Depthwise:
         self.x = Guarded((size[0] - 1) * self.x_row + (size[1] - 1) * self.x_pixel + channels, input_dtype)
         self._map(self.x.values, size, self.x_row, self.x_pixel).copy_(x)
         self.y = Guarded((self.out[0] - 1) * self.y_row + (self.out[1] - 1) * self.y_pixel + channels, self.output)
-        weight, bias = random(channels, *taps, seed=1), random(channels, seed=2)
+        # with an input in bfloat16 the weights are values of bfloat16, too
+        weight, bias = random(channels, *taps, dtype=input_dtype, seed=1).float(), random(channels, seed=2)
         padded = F.pad(weight.flatten(1), (0, 0, 0, -channels % PANEL))
         self.weight = Guarded.of(padded.reshape(-1, PANEL, taps[0] * taps[1]).transpose(1, 2).contiguous())
         self.bias = Guarded.of(bias)
@@ -424,6 +425,18 @@ def test_nan_stays_nan_when_converted(kernel: dict[str, Any]) -> None:
         name = str(dtype).removeprefix("torch.")
         kernels.convert(kernel["listed_name"], name, False, Guarded.of(x).buffer, narrow.buffer, x.numel())
         assert bool(narrow.values.isnan().all())
+
+
+@pointwise_rows
+def test_three_planes_become_pixels_of_bfloat16(kernel: dict[str, Any]) -> None:
+    for n in (*COUNTS, 224):
+        plane = n + 3
+        x, y = Guarded(2 * plane + n), Guarded(3 * n, torch.bfloat16)
+        planes = x.values.as_strided((3, n), (plane, 1))
+        planes.copy_(random(3, n))
+        kernels.narrow_triples(kernel["listed_name"], x.buffer, plane, y.buffer, n)
+        assert torch.equal(y.values.view(n, 3), planes.T.bfloat16())
+        assert bool(y.written().all())
 
 
 @pointwise_rows

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "engine/phases.h"
+#include "kernels/pointwise/pointwise.h"
 #include "kernels/winograd/winograd.h"
 
 namespace mnv4::engine {
@@ -10,6 +11,12 @@ namespace {
 
 // Plans kept for one engine; the least recently used goes first.
 constexpr size_t kPlans = 16;
+
+void round_to_bfloat16(float* values, int64_t n) {
+  std::vector<uint16_t> rounded(static_cast<size_t>(n));
+  pointwise_kernels().narrow(values, Storage::kBfloat16, rounded.data(), n);
+  pointwise_kernels().widen(rounded.data(), Storage::kBfloat16, values, n);
+}
 
 // How an array is packed, and the floats it then takes.
 struct Packing {
@@ -21,6 +28,8 @@ struct Packing {
   Storage type = Storage::kFloat32;
   bool dilated = false;
   int64_t stride = 1;
+  // float32 values are rounded to bfloat16, as products of pairs need
+  bool rounded = false;
 
   ConvShape conv() const { return {inputs, kernel_h, kernel_w, dilated, type != Storage::kFloat32}; }
 
@@ -99,6 +108,7 @@ struct Packing {
         break;
       case Layout::kDepthwise:
         pack_panels(from.data, outputs, taps, taps, 1, to);
+        if (rounded) round_to_bfloat16(to, floats());
         break;
       case Layout::kConv:
         pack_conv(from.data, outputs, conv(), to);
@@ -132,8 +142,11 @@ std::vector<Packing> packings(const Node& n, int64_t channels, Storage type) {
       if (winograd_fits(conv.conv(), n.stride_h, n.stride_w, n.dilation_h)) conv.layout = Layout::kWinograd;
       return {conv, vector(n.channels)};
     }
-    case Kind::kDepthwise:
-      return {{Layout::kDepthwise, n.channels, 1, kh, kw}, vector(n.channels)};
+    case Kind::kDepthwise: {
+      Packing taps{Layout::kDepthwise, n.channels, 1, kh, kw};
+      taps.rounded = type == Storage::kBfloat16;
+      return {taps, vector(n.channels)};
+    }
     case Kind::kPointwise:
     case Kind::kLinear:
       return {product(n.channels, channels), vector(n.channels)};

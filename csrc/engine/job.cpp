@@ -254,10 +254,10 @@ int64_t ConvJob::passes(int64_t begin, int64_t end) const {
 
 namespace {
 
-const GemmKernel& panel_kernel(const PanelJob::Spec& s) {
-  // what a rider consumes at once is kept as it was summed
-  return gemm_kernel(s.x.type, s.keep_y ? s.y.type : Storage::kFloat32);
-}
+// A panel that only a mean consumes is kept as it was summed.
+Storage panel_type(const PanelJob::Spec& s) { return s.mean ? Storage::kFloat32 : s.y.type; }
+
+const GemmKernel& panel_kernel(const PanelJob::Spec& s) { return gemm_kernel(s.x.type, panel_type(s)); }
 
 int64_t panel_tiles(const PanelJob::Spec& s) { return div_up(s.x.rows, panel_kernel(s).max_rows); }
 
@@ -279,8 +279,7 @@ double panel_cost(const PanelJob::Spec& s) {
 PanelJob::PanelJob(Spec spec)
     : Job(panel_units(spec), panel_cost(spec)),
       kernel_(panel_kernel(spec)),
-      dwconv_(
-          dwconv_kernel(spec.keep_y ? spec.y.type : Storage::kFloat32, spec.dw ? spec.dw->y.type : Storage::kFloat32)),
+      dwconv_(dwconv_kernel(panel_type(spec), spec.dw ? spec.dw->y.type : panel_type(spec))),
       spec_(std::move(spec)),
       whole_(spec_.dw || spec_.mean),
       tiles_(panel_tiles(spec_)),

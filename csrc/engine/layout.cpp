@@ -111,9 +111,9 @@ bool Layout::feeds_rider(int64_t id) const {
   const int64_t next = id + 1;
   if (node(id).what() != Kind::kPointwise || next >= count() || !needed(next)) return false;
   const Node& rider = node(next);
-  const bool rides = rider.what() == Kind::kDepthwise || rider.what() == Kind::kPool;
-  const bool same_type = compute_ == Storage::kFloat32 || node(id).residual < 0;
-  return rides && rider.input == id && reads_of(id) == 1 && same_type;
+  const bool stays = node(id).residual < 0 || compute_ == Storage::kFloat32;
+  const bool rides = rider.what() == Kind::kDepthwise || (rider.what() == Kind::kPool && stays);
+  return rides && rider.input == id && reads_of(id) == 1;
 }
 
 bool Layout::feeds_conv(int64_t id) const {
@@ -132,7 +132,7 @@ bool Layout::feeds_projection(int64_t id) const {
 
 Planes Layout::planes(int64_t id, int64_t images) const {
   const Shape& s = shape(id);
-  const bool summed = is_result(id) || feeds_rider(id);
+  const bool summed = is_result(id) || (feeds_rider(id) && node(id + 1).what() == Kind::kPool);
   return {0, summed ? Storage::kFloat32 : compute_, images, s.channels, s.height, s.width};
 }
 

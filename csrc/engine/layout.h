@@ -39,9 +39,9 @@ class Layout {
   int64_t image_bytes(int64_t id) const { return planes(id, 1).bytes(); }
   // A leading dense convolution reads the caller's tensor as it lies; anything else wants planes.
   bool input_needs_planes() const;
-  // A product that only the depthwise or the pool right behind it reads stays as it was summed, whether they run as one
-  // step, which depends on the number of workers, or as two: the same bits either way. Kernels add residuals of their
-  // output's type, so beside one in bfloat16 the sum can't stay in float32.
+  // A product that only the depthwise or the pool right behind it reads. What a pool reads stays as it was summed,
+  // whether they run as one step, which depends on the number of workers, or as two: the same bits either way. Kernels
+  // add residuals of their output's type, so beside one in bfloat16 the sum can't stay in float32.
   bool feeds_rider(int64_t id) const;
   // A dense convolution whose rows only the dense convolution right behind it reads.
   bool feeds_conv(int64_t id) const;

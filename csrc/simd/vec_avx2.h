@@ -38,6 +38,14 @@ struct Vec {
     const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
   }
+  // p[3 i + c] is lane i of a, b and c
+  static MNV4_INLINE void store_bf16_triples(uint16_t* p, Vec a, Vec b, Vec c) {
+    uint16_t rounded[3][kWidth];
+    a.store_bf16(rounded[0]);
+    b.store_bf16(rounded[1]);
+    c.store_bf16(rounded[2]);
+    for (int i = 0; i < 3 * kWidth; ++i) p[i] = rounded[i % 3][i / 3];
+  }
   MNV4_INLINE void store_f16(uint16_t* p) const {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }

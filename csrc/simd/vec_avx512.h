@@ -40,6 +40,22 @@ struct Vec {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 #endif
   }
+  // p[3 i + c] is lane i of a, b and c
+  static MNV4_INLINE void store_bf16_triples(uint16_t* p, Vec a, Vec b, Vec c) {
+    alignas(64) uint16_t rounded[3][kWidth];
+    a.store_bf16(rounded[0]);
+    b.store_bf16(rounded[1]);
+    c.store_bf16(rounded[2]);
+    const __m512i ab = _mm512_load_si512(rounded[0]);
+    const __m512i cc = _mm512_castsi256_si512(_mm256_load_si256(reinterpret_cast<const __m256i*>(rounded[2])));
+    const __m512i first = _mm512_set_epi16(26, 10, 41, 25, 9, 40, 24, 8, 39, 23, 7, 38, 22, 6, 37, 21, 5, 36, 20, 4, 35,
+                                           19, 3, 34, 18, 2, 33, 17, 1, 32, 16, 0);
+    const __m512i rest = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 47, 31, 15, 46, 30, 14, 45,
+                                          29, 13, 44, 28, 12, 43, 27, 11, 42);
+    _mm512_storeu_si512(p, _mm512_permutex2var_epi16(ab, first, cc));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 2 * kWidth),
+                        _mm512_castsi512_si256(_mm512_permutex2var_epi16(ab, rest, cc)));
+  }
   MNV4_INLINE void store_f16(uint16_t* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }

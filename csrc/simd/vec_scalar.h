@@ -48,6 +48,11 @@ struct Vec {
     const bool nan = v != v;
     *p = static_cast<uint16_t>((nan ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
   }
+  static MNV4_INLINE void store_bf16_triples(uint16_t* p, Vec a, Vec b, Vec c) {
+    a.store_bf16(p);
+    b.store_bf16(p + 1);
+    c.store_bf16(p + 2);
+  }
   MNV4_INLINE void store_f16(uint16_t* p) const {
     const uint32_t bits = bits_of(v);
     const uint32_t sign = (bits >> 16) & 0x8000u;

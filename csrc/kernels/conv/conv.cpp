@@ -20,10 +20,10 @@ struct Runs {
 
   explicit Runs(const ConvShape& s) {
     const auto even = [&](int64_t n) { return s.pairs ? round_up(n, 2) : n; };
-    planar = conv_is_planar(s.channels);
+    planar = conv_is_planar(s.channels) && !s.pairs;
     const bool blocks = s.channels % kPanel == 0;
     planes = planar ? s.channels : blocks ? s.channels / kPanel : 1;
-    plane_channels = planar ? 1 : blocks ? kPanel : even(s.channels);
+    plane_channels = planar ? 1 : blocks ? kPanel : s.dilated ? even(s.channels) : s.channels;
     taps_apart = s.dilated ? s.kernel_w : 1;
     taps = s.kernel_w / taps_apart;
     length = even(taps * plane_channels);
@@ -34,6 +34,12 @@ struct Runs {
 // ptrdiff_t entries, in floats
 int64_t segment_floats(int64_t segments) {
   return round_up(segments * static_cast<int64_t>(sizeof(ptrdiff_t) / sizeof(float)), kPanel);
+}
+
+// A caller's image lies in memory: the rows of the next output row arrive during this one's products.
+template <class T>
+void fetch(const T* row, int64_t n) {
+  for (int64_t i = 0; i < n; i += kPanel) __builtin_prefetch(row + i);
 }
 
 int64_t ring_floats(const ConvRing& ring) { return round_up(ring.slots * ring.slot, kPanel); }
@@ -91,14 +97,19 @@ void PaddedRows::copy(int64_t iy, T* row) const {
     for (int64_t p = 0; p < ring_.planes; ++p) {
       const T* in = x + p * args_.x_channel;
       T* out = row + p * ring_.plane;
-      // a caller's image lies in memory; the rows of the next output row arrive during this one's products
-      const T* next = in + args_.stride_h * args_.x_row;
-      for (int64_t i = 0; i < args_.width * args_.x_pixel; i += kPanel) __builtin_prefetch(next + i);
+      fetch(in + args_.stride_h * args_.x_row, args_.width * args_.x_pixel);
       if (args_.x_pixel == 1) {
         std::copy_n(in, args_.width, out);
       } else {
         for (int64_t i = 0; i < args_.width; ++i) out[i] = in[i * args_.x_pixel];
       }
+    }
+    return;
+  }
+  if (conv_is_planar(args_.channels)) {
+    for (int64_t i = 0; i < args_.width; ++i) {
+      const T* in = x + i * args_.x_pixel;
+      for (int64_t c = 0; c < args_.channels; ++c) row[i * ring_.plane_channels + c] = in[c * args_.x_channel];
     }
     return;
   }
@@ -118,6 +129,24 @@ void PaddedRows::copy(int64_t iy, T* row) const {
   }
 }
 
+// An image of three planes, or whose pixels lie as the ring's do, goes from float32 to the ring's bfloat16 in one pass.
+bool PaddedRows::narrows() const {
+  if (source_ || args_.x_type != Storage::kFloat32 || ring_.plane_channels != args_.channels) return false;
+  const bool pixels = args_.x_channel == 1 && args_.x_pixel == args_.channels;
+  return ring_.planes == 1 && (pixels || (args_.channels == 3 && args_.x_pixel == 1));
+}
+
+void PaddedRows::narrow(int64_t iy, uint16_t* row) const {
+  const float* x = static_cast<const float*>(args_.x) + iy * args_.x_row;
+  const int64_t next = args_.stride_h * args_.x_row;
+  if (args_.x_channel == 1) {
+    fetch(x + next, args_.width * args_.channels);
+    return pointwise_kernels().narrow(x, kernel_.input, row, args_.width * args_.channels);
+  }
+  for (int64_t c = 0; c < args_.channels; ++c) fetch(x + c * args_.x_channel + next, args_.width);
+  pointwise_kernels().narrow_triples(x, args_.x_channel, row, args_.width);
+}
+
 template <class T>
 void PaddedRows::fill(int64_t iy, T* row) {
   const bool inside = iy >= 0 && iy < args_.height;
@@ -133,6 +162,8 @@ void PaddedRows::fill(int64_t iy, T* row) {
   }
   if (source_) {
     source_->row(iy, row + left);
+  } else if constexpr (sizeof(T) == sizeof(uint16_t)) {
+    narrows() ? narrow(iy, row + left) : copy(iy, row + left);
   } else {
     copy(iy, row + left);
   }
@@ -142,7 +173,7 @@ void PaddedRows::advance_to(int64_t first) {
   for (filled_ = std::max(filled_, first); filled_ < first + ring_.slots; ++filled_) {
     if (kernel_.input == Storage::kFloat32) {
       fill(filled_, static_cast<float*>(at(filled_)));
-    } else if (!source_ && args_.x_type == Storage::kFloat32) {
+    } else if (!source_ && args_.x_type == Storage::kFloat32 && !narrows()) {
       fill(filled_, wide_row_);
       pointwise_kernels().narrow(wide_row_, kernel_.input, at(filled_), ring_.planes * ring_.plane);
     } else {

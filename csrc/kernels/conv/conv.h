@@ -61,8 +61,9 @@ struct ConvArgs {
   ConvShape shape() const { return {channels, kernel_h, kernel_w, dilation_w != 1, pairs, winograd}; }
 };
 
-// Few input channels (an image): rows are kept channel by channel and the reduction runs over (c, ky, kx). Else in
-// blocks of 16 channels, or in one block where 16 does not divide them, and over (ky, block, kx, c).
+// Few input channels, an image's: rows are kept channel by channel and the reduction runs over (c, ky, kx), unless
+// pairs are multiplied, of which that order wastes more. Else in blocks of 16 channels, or in one block where 16 does
+// not divide them, and over (ky, block, kx, c).
 inline constexpr bool conv_is_planar(int64_t channels) { return channels < kPanel; }
 
 // Length of the packed reduction.
@@ -116,6 +117,8 @@ class PaddedRows {
   void fill(int64_t iy, T* row);
   template <class T>
   void copy(int64_t iy, T* row) const;
+  bool narrows() const;
+  void narrow(int64_t iy, uint16_t* row) const;
 
   const GemmKernel& kernel_;
   const ConvArgs args_;

@@ -21,8 +21,9 @@ struct DwconvArgs {
   ptrdiff_t y_pixel;
   int64_t out_height;
   int64_t out_width;
-  const float* weight;  // packed [ceil(C / 16)][kh * kw][16]
-  const float* bias;    // [C]
+  // packed [ceil(C / 16)][kh * kw][16]; where x is bfloat16, their values are, too
+  const float* weight;
+  const float* bias;  // [C]
   int64_t channels;
   int kernel_h;
   int kernel_w;

@@ -1,6 +1,6 @@
 #include "simd/vec_avx512.h"
 
-#include "kernels/dwconv/tile.h"
+#include "kernels/dwconv/pairs.h"
 
 namespace mnv4 {
 

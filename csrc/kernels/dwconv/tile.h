@@ -204,19 +204,31 @@ void dwconv_rows_any(const DwconvArgs& a, DwconvRow<In, Out>& t, int64_t channel
   }
 }
 
+// Whole rows of a plane of 16 channels with the usual padding of K / 2, where the width is a multiple of some tile's;
+// else null. A tile's sums, K weights and one input must fit the registers: 32 with AVX-512, 16 below.
+template <class In, class Out>
+struct PlaneRows {
+  template <int K, int S>
+  static DwconvRowsFn<In, Out> select(int64_t out_width) {
+    if constexpr (Vec::kWidth == kPanel) {
+      if (out_width % 16 == 0) return dwconv_rows_tiled<K, S, 16, kPanel, In, Out>;
+      if (out_width % 14 == 0) return dwconv_rows_tiled<K, S, 14, kPanel, In, Out>;
+      if (out_width % 12 == 0) return dwconv_rows_tiled<K, S, 12, kPanel, In, Out>;
+      if (out_width % 8 == 0) return dwconv_rows_tiled<K, S, 8, kPanel, In, Out>;
+      if (out_width % 7 == 0) return dwconv_rows_tiled<K, S, 7, kPanel, In, Out>;
+    }
+    return nullptr;
+  }
+};
+
 template <int K, int S, class In, class Out>
 DwconvRowsFn<In, Out> select_rows_of(const DwconvArgs& a, bool partial) {
   if (partial) return dwconv_rows<K, S, true, In, Out>;
   if constexpr (K <= 5) {
     if (a.pad_left == K / 2 && a.width == a.out_width * S) {
-      const bool plane = a.x_pixel == kPanel && a.y_pixel == kPanel;
-      // sums of a tile, K weights and one input must fit the registers: 32 with AVX-512, 16 below
-      if constexpr (Vec::kWidth == kPanel) {
-        if (plane && a.out_width % 16 == 0) return dwconv_rows_tiled<K, S, 16, kPanel, In, Out>;
-        if (plane && a.out_width % 14 == 0) return dwconv_rows_tiled<K, S, 14, kPanel, In, Out>;
-        if (plane && a.out_width % 12 == 0) return dwconv_rows_tiled<K, S, 12, kPanel, In, Out>;
-        if (plane && a.out_width % 8 == 0) return dwconv_rows_tiled<K, S, 8, kPanel, In, Out>;
-        if (plane && a.out_width % 7 == 0) return dwconv_rows_tiled<K, S, 7, kPanel, In, Out>;
+      if (a.x_pixel == kPanel && a.y_pixel == kPanel) {
+        const DwconvRowsFn<In, Out> rows = PlaneRows<In, Out>::template select<K, S>(a.out_width);
+        if (rows) return rows;
       }
       if (a.out_width % 8 == 0) return dwconv_rows_tiled<K, S, 8, 0, In, Out>;
       if (a.out_width % 7 == 0) return dwconv_rows_tiled<K, S, 7, 0, In, Out>;

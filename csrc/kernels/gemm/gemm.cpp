@@ -148,10 +148,10 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
     a = copy_rows(kernel, args, row_begin, rows, tile.a_row);
   }
 
-  int variant = 0;
-  for (int v = 1; v < kRowVariants; ++v) {
-    const bool short_segments = kRowStrides[v] != kImageRow || args.segment_length == kernel.image_segment;
-    if (tile.a_row == kRowStrides[v] && short_segments) variant = v;
+  int variant = kAnyRow;
+  for (int v = kAnyRow + 1; v < kRowVariants; ++v) {
+    const bool fits = v != kImageRow || args.segment_length == kernel.image_segment;
+    if (tile.a_row == kernel.row_stride[v] && fits) variant = v;
   }
 
   int64_t panel = panel_begin;

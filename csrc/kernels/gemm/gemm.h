@@ -53,21 +53,20 @@ inline constexpr int64_t kShortChain = 16;
 
 using GemmTileFn = void (*)(const GemmTile&);
 
-// Row strides that tiles are compiled for, as displacements of one pointer: stride-2 pixels of an image, planes of 16
-// channels, every second pixel of such a plane. The first entry stands for any other. An image's segments are short, so
-// their length is compiled too.
-inline constexpr ptrdiff_t kImageRow = 2;
-inline constexpr ptrdiff_t kRowStrides[] = {0, kImageRow, kPanel, 2 * kPanel};
-inline constexpr int kRowVariants = sizeof kRowStrides / sizeof *kRowStrides;
+// Row strides that tiles are compiled for, as displacements of one pointer: any other, stride-2 pixels of an image,
+// planes of 16 channels, every second pixel of such a plane. An image's segments, a row of the 3 x 3 window each, are
+// short, so their length is compiled too.
+enum RowVariant { kAnyRow, kImageRow, kPlaneRow, kStridedPlaneRow, kRowVariants };
 
 struct GemmKernel {
   const char* name;
   Storage input;
   Storage output;
-  // rows of the largest tile; tile[v][r] takes exactly r rows, kRowStrides[v] apart
+  // rows of the largest tile; tile[v][r] takes exactly r rows, row_stride[v] apart
   int max_rows;
   GemmTileFn tile[kRowVariants][16];
-  int64_t image_segment;  // segments of the tiles of stride kImageRow
+  ptrdiff_t row_stride[kRowVariants];
+  int64_t image_segment;  // of the tiles of kImageRow
   // tiles of few rows take several panels at once, to have enough independent sums
   int wide_rows;
   int wide_panels;

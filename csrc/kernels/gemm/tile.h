@@ -25,21 +25,33 @@ struct Operand<float> {
   static MNV4_INLINE Vec multiply_add(Packed x, Packed w, Vec sum) { return fma(x, w, sum); }
 };
 
-// Taps of a row of an image's 3 x 3 window, an even number where pairs are multiplied.
+// An image's 3 x 3 window, row by row: three taps of one channel, or of all three of an image's, of which fewer are
+// zeros where pairs are multiplied.
+template <class In>
+constexpr int image_channels() {
+  return Operand<In>::kGroup == 1 ? 1 : 3;
+}
 template <class In>
 constexpr int image_segment() {
-  return (3 + Operand<In>::kGroup - 1) / Operand<In>::kGroup * Operand<In>::kGroup;
+  return static_cast<int>(round_up(3 * image_channels<In>(), Operand<In>::kGroup));
+}
+
+template <class In>
+constexpr ptrdiff_t row_stride(int variant) {
+  constexpr ptrdiff_t strides[kRowVariants] = {0, 2 * image_channels<In>(), kPanel, 2 * kPanel};
+  return strides[variant];
 }
 
 // MR rows by NP panels. Sums run over K in order, one fused multiply-add each, so that every tile shape gives the
-// same bits. With a compiled row stride all rows are displacements of one pointer; else (ROW = 0) one pointer serves
-// three rows, base + {0, 1, 2} * row: x86 can scale an index by 2, and there are registers for them all.
-template <class In, class Out, int MR, int NP, int ROW = 0>
+// same bits. With a compiled row stride all rows are displacements of one pointer; else one pointer serves three rows,
+// base + {0, 1, 2} * row: x86 can scale an index by 2, and there are registers for them all.
+template <class In, class Out, int MR, int NP, RowVariant VARIANT = kAnyRow>
 void gemm_tile(const GemmTile& t) {
   using A = Operand<In>;
   using C = simd::Stored<Out>;
   constexpr int kVectors = kPanel / Vec::kWidth * NP;
-  constexpr int kRowsPerBase = ROW ? MR : 3;
+  constexpr ptrdiff_t kRow = row_stride<In>(VARIANT);
+  constexpr int kRowsPerBase = kRow ? MR : 3;
   constexpr int kBases = (MR + kRowsPerBase - 1) / kRowsPerBase;
   Vec acc[MR][kVectors];
 #pragma GCC unroll 64
@@ -48,7 +60,7 @@ void gemm_tile(const GemmTile& t) {
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) acc[r][v] = start;
   }
-  const ptrdiff_t row = ROW ? ROW : t.a_row;
+  const ptrdiff_t row = kRow ? kRow : t.a_row;
   const auto* a = static_cast<const In*>(t.a);
   const auto* b = static_cast<const In*>(t.b);
   const auto* residual = static_cast<const Out*>(t.residual);
@@ -83,12 +95,12 @@ void gemm_tile(const GemmTile& t) {
 #pragma GCC unroll 16
       for (int i = 0; i < kBases; ++i) base[i] += A::kGroup;
     };
-    if constexpr (ROW == kImageRow) {
+    if constexpr (VARIANT == kImageRow && A::kGroup == 1) {
       // as many as the loop below would make
 #pragma GCC unroll 4
       for (int k = 0; k < image_segment<In>(); k += A::kGroup) multiply();
     } else {
-      // GCC spills accumulators when it unrolls this loop
+      // GCC spills accumulators, or operands that rows share, when it unrolls this loop
 #pragma GCC unroll 1
       for (int64_t k = 0; k < t.segment_length; k += A::kGroup) multiply();
     }
@@ -172,9 +184,10 @@ void gemm_tile(const GemmTile& t) {
 }
 
 // A kernel's table: tiles of 1 to MAX rows for each compiled stride, and wide tiles of 1 to WIDE rows by NP panels.
-template <class In, class Out, int ROW, int... MR>
-constexpr void fill_tiles(GemmTileFn* to, std::integer_sequence<int, MR...>) {
-  ((to[MR + 1] = gemm_tile<In, Out, MR + 1, 1, ROW>), ...);
+template <class In, class Out, RowVariant VARIANT, int... MR>
+constexpr void fill_tiles(GemmKernel& kernel, std::integer_sequence<int, MR...>) {
+  ((kernel.tile[VARIANT][MR + 1] = gemm_tile<In, Out, MR + 1, 1, VARIANT>), ...);
+  kernel.row_stride[VARIANT] = row_stride<In>(VARIANT);
 }
 template <class In, class Out, int NP, int... MR>
 constexpr void fill_wide(GemmTileFn* to, std::integer_sequence<int, MR...>) {
@@ -191,11 +204,11 @@ constexpr GemmKernel make_gemm_kernel(const char* name) {
   kernel.wide_panels = NP;
   kernel.image_segment = image_segment<In>();
   const auto rows = std::make_integer_sequence<int, MAX>{};
-  static_assert(kRowVariants == 4, "one fill for each entry of kRowStrides");
-  fill_tiles<In, Out, kRowStrides[0]>(kernel.tile[0], rows);
-  fill_tiles<In, Out, kRowStrides[1]>(kernel.tile[1], rows);
-  fill_tiles<In, Out, kRowStrides[2]>(kernel.tile[2], rows);
-  fill_tiles<In, Out, kRowStrides[3]>(kernel.tile[3], rows);
+  static_assert(kRowVariants == 4, "one fill for each variant");
+  fill_tiles<In, Out, kAnyRow>(kernel, rows);
+  fill_tiles<In, Out, kImageRow>(kernel, rows);
+  fill_tiles<In, Out, kPlaneRow>(kernel, rows);
+  fill_tiles<In, Out, kStridedPlaneRow>(kernel, rows);
   fill_wide<In, Out, NP>(kernel.wide, std::make_integer_sequence<int, WIDE>{});
   return kernel;
 }

@@ -14,6 +14,8 @@ struct PointwiseKernels {
   void (*widen)(const void* x, Storage type, float* y, int64_t n);
   // y[i] = x[i], rounded to nearest even
   void (*narrow)(const float* x, Storage type, void* y, int64_t n);
+  // y[3 i + c] = x[c * x_plane + i], rounded to bfloat16: an image's planes to pixels
+  void (*narrow_triples)(const float* x, ptrdiff_t x_plane, uint16_t* y, int64_t n);
   // y[c] = mean over pixels of x[pixel][c]; the sum runs over pixels in order
   void (*mean_pixels)(const float* x, int64_t pixels, ptrdiff_t x_pixel, int64_t channels, float* y);
   // softmax of scale * x over `columns`, in place, for each row; rows are x_row apart

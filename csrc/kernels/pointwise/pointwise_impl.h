@@ -59,6 +59,20 @@ void narrow(const float* x, Storage type, void* y, int64_t n) {
   }
 }
 
+void narrow_triples(const float* x, ptrdiff_t x_plane, uint16_t* y, int64_t n) {
+  int64_t i = 0;
+  for (; i + Vec::kWidth <= n; i += Vec::kWidth) {
+    Vec::store_bf16_triples(y + 3 * i, Vec::load(x + i), Vec::load(x + x_plane + i), Vec::load(x + 2 * x_plane + i));
+  }
+  if (i < n) {
+    const int count = static_cast<int>(n - i);
+    uint16_t tail[3 * Vec::kWidth];
+    Vec::store_bf16_triples(tail, Vec::load(x + i, count), Vec::load(x + x_plane + i, count),
+                            Vec::load(x + 2 * x_plane + i, count));
+    std::memcpy(y + 3 * i, tail, static_cast<size_t>(3 * count) * sizeof *y);
+  }
+}
+
 void mean_pixels(const float* x, int64_t pixels, ptrdiff_t x_pixel, int64_t channels, float* y) {
   const Vec count = Vec::broadcast(static_cast<float>(pixels));
   for (int64_t c = 0; c < channels; c += Vec::kWidth) {

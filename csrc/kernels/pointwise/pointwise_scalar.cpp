@@ -4,7 +4,7 @@
 
 namespace mnv4 {
 
-extern const PointwiseKernels pointwise_scalar = {"pointwise_scalar", widen,        narrow,
-                                                  mean_pixels,        softmax_rows, softmax_gradient_rows};
+extern const PointwiseKernels pointwise_scalar = {
+    "pointwise_scalar", widen, narrow, narrow_triples, mean_pixels, softmax_rows, softmax_gradient_rows};
 
 }  // namespace mnv4
