@@ -413,46 +413,61 @@ void DownsampleJob::run(const Context& context, int64_t begin, int64_t end, Work
   }
 }
 
-KeyPanelsJob::KeyPanelsJob(const Matrix& key, int64_t key_dim, int64_t packed_offset)
+KeyPanelsJob::KeyPanelsJob(const Matrix& key, int64_t key_dim, const Matrix& packed)
     : Job(key.images * div_up(key.rows, kPanel), static_cast<double>(key_dim * kPanel)),
       key_(key),
       key_dim_(key_dim),
-      packed_offset_(packed_offset) {}
+      packed_(packed) {}
 
-void KeyPanelsJob::run(const Context& context, int64_t begin, int64_t end, Worker&) const {
+void KeyPanelsJob::run(const Context& context, int64_t begin, int64_t end, Worker& worker) const {
   const int64_t panels = div_up(key_.rows, kPanel);
   for (; begin < end; ++begin) {
     const int64_t image = begin / panels;
     const int64_t first = begin % panels * kPanel;
     const auto* key = static_cast<const float*>(key_.at(context.arena, image * key_.image + first * key_.row));
-    auto* packed = reinterpret_cast<float*>(context.arena + packed_offset_) + begin * key_dim_ * kPanel;
-    pack_panels(key, std::min<int64_t>(kPanel, key_.rows - first), key_dim_, key_.row, 1, packed);
+    void* to = packed_.at(context.arena, begin * key_dim_ * kPanel);
+    const bool pairs = packed_.type != Storage::kFloat32;
+    float* panel = pairs ? worker.scratch : static_cast<float*>(to);
+    pack_panels(key, std::min<int64_t>(kPanel, key_.rows - first), key_dim_, key_.row, 1, panel);
+    if (pairs) pack_pairs(panel, 1, key_dim_, static_cast<uint16_t*>(to));
   }
 }
 
-AttentionJob::AttentionJob(const AttentionArgs& args, int64_t images, int64_t rows, const Matrix& query,
-                           int64_t key_offset, const Planes& value, const Matrix& y)
-    : Job(images * div_up(rows, 2 * gemm_kernel().max_rows), 1.0),
-      kernel_(gemm_kernel()),
-      mixing_(gemm_kernel(Storage::kFloat32, y.type)),
+ValuePairsJob::ValuePairsJob(const Planes& value, const Matrix& packed)
+    : Job(value.images * value.blocks(), static_cast<double>(value.plane())), value_(value), packed_(packed) {}
+
+void ValuePairsJob::run(const Context& context, int64_t begin, int64_t end, Worker& worker) const {
+  const int64_t positions = round_up(value_.pixels(), 2);
+  for (; begin < end; ++begin) {
+    const auto* plane = static_cast<const float*>(value_.at(context.arena, begin * value_.plane()));
+    std::fill(std::copy_n(plane, value_.plane(), worker.scratch), worker.scratch + positions * kPanel, 0.0f);
+    pack_pairs(worker.scratch, 1, positions,
+               static_cast<uint16_t*>(packed_.at(context.arena, begin * positions * kPanel)));
+  }
+}
+
+AttentionJob::AttentionJob(const AttentionArgs& args, int64_t rows, const Matrix& query, const Matrix& key,
+                           const Matrix& value, const Matrix& y)
+    : Job(y.images * div_up(rows, 2 * gemm_kernel().max_rows), 1.0),
+      kernel_(gemm_kernel(query.type)),
+      mixing_(gemm_kernel(query.type, y.type)),
       args_(args),
       rows_(rows),
       blocks_(div_up(rows, 2 * kernel_.max_rows)),
       query_(query),
-      key_offset_(key_offset),
+      key_(key),
       value_(value),
       y_(y) {}
 
 void AttentionJob::run(const Context& context, int64_t begin, int64_t end, Worker& worker) const {
-  const int64_t key_panels = div_up(args_.positions, kPanel) * args_.key_dim * kPanel;
   while (begin < end) {
     const int64_t image = begin / blocks_;
     const int64_t block = begin % blocks_;
     const int64_t count = std::min(blocks_ - block, end - begin);
     AttentionArgs a = args_;
-    a.query = static_cast<const float*>(query_.at(context.arena, image * rows_ * a.key_dim));
-    a.key = reinterpret_cast<const float*>(context.arena + key_offset_) + image * key_panels;
-    a.value = static_cast<const float*>(value_.at(context.arena, image * value_.image()));
+    a.query = query_.at(context.arena, image * query_.image);
+    a.key = key_.at(context.arena, image * key_.image);
+    a.value = value_.at(context.arena, image * value_.image);
     a.y = y_.at(context.arena, image * rows_ * a.value_dim);
     attention(kernel_, mixing_, a, rows_ * block / blocks_, rows_ * (block + count) / blocks_, worker.scratch);
     begin += count;

@@ -249,23 +249,37 @@ class DownsampleJob : public Job {
   Depthwise value_;
 };
 
-// Row-major keys [P][Dk] to the packed panels of attention's first product; a unit is a panel of an image.
+// Row-major float32 keys [P][Dk] to the packed panels of attention's first product; a unit is a panel of an image.
 class KeyPanelsJob : public Job {
  public:
-  KeyPanelsJob(const Matrix& key, int64_t key_dim, int64_t packed_offset);
+  KeyPanelsJob(const Matrix& key, int64_t key_dim, const Matrix& packed);
   void run(const Context& context, int64_t begin, int64_t end, Worker& worker) const override;
+  int64_t scratch_floats() const override { return key_dim_ * kPanel; }
 
  private:
   Matrix key_;
   int64_t key_dim_;
-  int64_t packed_offset_;
+  Matrix packed_;
+};
+
+// Planes of float32 values, which are the packed panels of attention's second product, to panels of pairs; a unit is a
+// plane.
+class ValuePairsJob : public Job {
+ public:
+  ValuePairsJob(const Planes& value, const Matrix& packed);
+  void run(const Context& context, int64_t begin, int64_t end, Worker& worker) const override;
+  int64_t scratch_floats() const override { return value_.plane() + kPanel; }
+
+ private:
+  Planes value_;
+  Matrix packed_;
 };
 
 // Scores, softmax and mix; a unit is a block of query rows of an image.
 class AttentionJob : public Job {
  public:
-  AttentionJob(const AttentionArgs& args, int64_t images, int64_t rows, const Matrix& query, int64_t key_offset,
-               const Planes& value, const Matrix& y);
+  AttentionJob(const AttentionArgs& args, int64_t rows, const Matrix& query, const Matrix& key, const Matrix& value,
+               const Matrix& y);
   void run(const Context& context, int64_t begin, int64_t end, Worker& worker) const override;
   int64_t scratch_floats() const override { return attention_scratch(kernel_, args_.positions); }
 
@@ -276,8 +290,8 @@ class AttentionJob : public Job {
   int64_t rows_;
   int64_t blocks_;
   Matrix query_;
-  int64_t key_offset_;
-  Planes value_;
+  Matrix key_;    // packed
+  Matrix value_;  // packed
   Matrix y_;
 };
 

@@ -411,8 +411,9 @@ class Planner {
       kOutBias
     };
 
-    // scores, softmax and mix are float32: they are few and their rounding is amplified
-    Matrix query = Matrix::row_major(Storage::kFloat32, images, x.pixels(), n.heads * n.key_dim);
+    // pairs of K; scores and softmax stay float32, for their rounding is amplified
+    const Storage type = n.key_dim % 2 ? Storage::kFloat32 : compute_;
+    Matrix query = Matrix::row_major(type, images, x.pixels(), n.heads * n.key_dim);
     query.offset = place(query.bytes());
     step(id, downsampled ? "query, downsample" : "query, key, value");
     add_product(rows, query, weight(id, kQuery), array(id, kQueryBias));
@@ -445,10 +446,16 @@ class Planner {
     add_product(key_source, key, weight(id, kKey), array(id, kKeyBias));
     add_product(value_source, Matrix::of(value), weight(id, kValue), array(id, kValueBias));
 
-    const int64_t key_panels =
-        place(images * round_up(positions, kPanel) * n.key_dim * static_cast<int64_t>(sizeof(float)));
+    Matrix key_panels = Matrix::row_major(type, images, round_up(positions, kPanel), n.key_dim);
+    key_panels.offset = place(key_panels.bytes());
     step(id, "key panels");
     add(std::make_unique<KeyPanelsJob>(key, n.key_dim, key_panels));
+    Matrix value_panels = Matrix::of(value);
+    if (type != Storage::kFloat32) {
+      value_panels = Matrix::row_major(type, images, mixed_positions(type, positions), value.blocks() * kPanel);
+      value_panels.offset = place(value_panels.bytes());
+      add(std::make_unique<ValuePairsJob>(value, value_panels));
+    }
 
     Matrix mixed = Matrix::row_major(compute_, images, x.pixels(), n.heads * n.value_dim);
     mixed.offset = place(mixed.bytes());
@@ -459,7 +466,7 @@ class Planner {
     args.scale = 1.0f / std::sqrt(static_cast<float>(n.key_dim));
     args.zeros = zeros(round_up(std::max(positions, n.value_dim), kPanel));
     step(id, "attention");
-    add(std::make_unique<AttentionJob>(args, images, x.pixels() * n.heads, query, key_panels, value, mixed));
+    add(std::make_unique<AttentionJob>(args, x.pixels() * n.heads, query, key_panels, value_panels, mixed));
 
     PanelJob::Spec out;
     out.x = mixed;

@@ -254,8 +254,9 @@ Tensor mqa(Tensor query, Tensor key, Tensor value, int64_t heads, double scale) 
       const int64_t c = t % chunks;
       AttentionArgs args{};
       args.query = in.data + n * rows * key_dim;
-      args.key = floats(packed) + n * (key_floats + value_floats);
-      args.value = args.key + key_floats;
+      const float* keys = floats(packed) + n * (key_floats + value_floats);
+      args.key = keys;
+      args.value = keys + key_floats;
       args.zeros = zeros.data();
       args.y = out.data() + n * rows * value_dim;
       args.positions = positions;

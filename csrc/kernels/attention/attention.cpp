@@ -62,7 +62,8 @@ void add_outer(const float* left, ptrdiff_t left_row, int64_t positions, const R
 }  // namespace
 
 int64_t attention_scratch(const GemmKernel& kernel, int64_t positions) {
-  return block_rows(kernel) * score_row(positions);
+  const int64_t floats = block_rows(kernel) * score_row(positions);
+  return kernel.input == Storage::kFloat32 ? floats : 2 * floats;
 }
 
 void attention(const GemmKernel& kernel, const GemmKernel& mixing, const AttentionArgs& a, int64_t row_begin,
@@ -82,20 +83,28 @@ void attention(const GemmKernel& kernel, const GemmKernel& mixing, const Attenti
   scores.n = a.positions;
   scores.act = Activation::kNone;
 
+  const bool rounds = mixing.input != Storage::kFloat32;
+  float* weights = rounds ? scratch + block_rows(kernel) * scores.c_row : scratch;
   GemmArgs mix = scores;
-  mix.a = scratch;
+  mix.a = weights;
   mix.a_row = scores.c_row;
-  mix.segment_length = a.positions;
+  mix.segment_length = mixed_positions(mixing.input, a.positions);
   mix.b = a.value;
-  mix.b_panel = a.positions * kPanel;
+  mix.b_panel = mix.segment_length * kPanel;
   mix.c_row = a.value_dim;
   mix.n = a.value_dim;
 
   for (int64_t first = row_begin; first < row_end; first += block_rows(kernel)) {
     const int64_t rows = std::min(block_rows(kernel), row_end - first);
-    scores.a = a.query + first * a.key_dim;
+    scores.a = advance(a.query, kernel.input, first * a.key_dim);
     gemm(kernel, scores, 0, rows, 0, div_up(a.positions, kPanel));
     pointwise_kernels().softmax_rows(scratch, rows, a.positions, scores.c_row, a.scale);
+    for (int64_t r = 0; rounds && r < rows; ++r) {
+      float* row = scratch + r * scores.c_row;
+      if (mix.segment_length > a.positions) row[a.positions] = 0.0f;
+      void* rounded = advance(static_cast<void*>(weights), mixing.input, r * mix.a_row);
+      pointwise_kernels().narrow(row, mixing.input, rounded, mix.segment_length);
+    }
     mix.c = advance(a.y, mixing.output, first * a.value_dim);
     gemm(mixing, mix, 0, rows, 0, div_up(a.value_dim, kPanel));
   }

@@ -11,10 +11,12 @@
 
 namespace mnv4 {
 
+// query, key and value are of the kernels' input type: with bfloat16 key and value are packed as pairs, the value with
+// a row of zeros behind an odd number of positions.
 struct AttentionArgs {
-  const float* query;  // [rows][key_dim]
-  const float* key;    // packed [ceil(P / 16)][key_dim][16]
-  const float* value;  // packed [ceil(value_dim / 16)][P][16]
+  const void* query;   // [rows][key_dim]
+  const void* key;     // packed [ceil(P / 16)][key_dim][16]
+  const void* value;   // packed [ceil(value_dim / 16)][mixed_positions][16]
   const float* zeros;  // [max(ceil(P / 16), ceil(value_dim / 16)) * 16] of bias
   void* y;             // [rows][value_dim], of the mixing kernel's output type
   int64_t positions;   // P, keys of an image
@@ -23,10 +25,15 @@ struct AttentionArgs {
   float scale;
 };
 
-// Floats of scratch that one worker needs: the scores of one block of rows.
+// Length of the mixing product's reduction.
+inline int64_t mixed_positions(Storage type, int64_t positions) {
+  return type == Storage::kFloat32 ? positions : round_up(positions, 2);
+}
+
+// Floats of scratch that one worker needs: the scores of one block of rows, and those rounded.
 int64_t attention_scratch(const GemmKernel& kernel, int64_t positions);
 
-// Query rows [row_begin, row_end). `kernel` has float32 in and out, `mixing` float32 in.
+// Query rows [row_begin, row_end). `kernel` has float32 out, `mixing` the same type in. Scores and softmax are float32.
 void attention(const GemmKernel& kernel, const GemmKernel& mixing, const AttentionArgs& args, int64_t row_begin,
                int64_t row_end, float* scratch);
 
