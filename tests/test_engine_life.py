@@ -92,7 +92,6 @@ class TestMaking:
             mk.optimize(model)
         assert snapshot(model) == before
 
-    @pytest.mark.filterwarnings("ignore:mnv4_kernels.patch. nothing to replace")
     def test_another_model_is_refused_untouched(self) -> None:
         model = timm.create_model("resnet18").eval()
         before = snapshot(model)
@@ -148,6 +147,13 @@ class TestInputs:
     ) -> None:
         with pytest.raises(error, match=text):
             small(x)
+        assert small(images()).isfinite().all()
+
+    @pytest.mark.parametrize("wanted", [torch.float16, torch.float64, torch.device("meta")], ids=str)
+    def test_it_is_not_moved_or_converted_in_silence(self, small: mk.OptimizedNetwork, wanted: Any) -> None:
+        with pytest.raises(RuntimeError, match="an optimized network can't become"):
+            small.to(wanted)
+        assert small.to("cpu").float().to(memory_format=torch.channels_last) is small
         assert small(images()).isfinite().all()
 
     def test_a_feature_extractor_has_no_other_features(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -152,6 +153,17 @@ class OptimizedNetwork(nn.Module):
             raise ValueError(f"`x` must be on {self.device}, as the network is, got {x.device}")
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("an optimized network has no gradients: call it under torch.no_grad(), or use mk.patch")
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> OptimizedNetwork:
+        """What `to`, `half` and `cuda` call: packed weights can't be moved or converted, nor must it seem so."""
+        weight = torch.empty(0, device=self.device)
+        moved = fn(weight)
+        if (moved.device, moved.dtype) != (weight.device, weight.dtype):
+            raise RuntimeError(
+                f"an optimized network can't become {moved.dtype} on {moved.device}: convert or move the model and "
+                "optimize that (its `dtype` is an argument of `optimize`); inputs may be float32, bfloat16 or float16"
+            )
+        return self
 
     def extra_repr(self) -> str:
         """What runs by timm's own code."""

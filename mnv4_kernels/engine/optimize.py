@@ -49,12 +49,12 @@ def optimize(model: nn.Module, dtype: torch.dtype = torch.float32, *, strict: bo
         return optimize_for_gpu(model, dtype, strict)
     if not native.available():
         raise OptimizeError("the engine needs the C++ library: " + "; ".join(native.reasons()))
-    from ..patching import patch
+    from ..patching.instances import apply
 
     # the copy is only read: tensors that need no conversion are not copied with it
     shared = {id(t): t for t in (*model.parameters(), *model.buffers()) if t.dtype == torch.float32}
     work = copy.deepcopy(model, shared).float()
-    patch(work)
+    apply(work)
     name = type(model).__name__
     if not isinstance(work, DropIn) or not hasattr(work, "blocks"):
         raise OptimizeError(f"`model` must be timm's MobileNetV3 or MobileNetV3Features, got {name}")
@@ -142,7 +142,7 @@ class _Assembly:
         builder = self._program()
         builder.output(self.node, FEATURES)
         if any(isinstance(step, Own) for step in body.steps):
-            reasons = "; ".join(step.reason for step in body.steps if isinstance(step, Own))
+            reasons = "; ".join(dict.fromkeys(step.reason for step in body.steps if isinstance(step, Own)))
             raise OptimizeError(f"`head` has no place in a program: {reasons}")
         self._name_nodes("")
         self.node = builder.steps(body.steps, self.node, residual=body.residual)
