@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from gpu_shapes import blocks
 from gpu_training import training_calls
+from gpu_work import Rows, Work, model_of, name_of, signature, timed
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from gpu_worker import Rows, Work
+import mnv4_kernels
 
 #: how a step is run; what compiles longest comes last
 WAYS = ("channels_last", "patched", "torch.compile")
@@ -19,8 +19,6 @@ WAYS = ("channels_last", "patched", "torch.compile")
 
 def training_kernels(work: Work) -> Rows:
     """Every depthwise shape of a step, forward and backward: the share of the copy's bandwidth that it reaches."""
-    from gpu_worker import name_of, signature, timed
-
     seen = set()
     for model, batch, dtype in work.cases():
         for block in blocks(model, batch, work.arguments.size):
@@ -33,8 +31,6 @@ def training_kernels(work: Work) -> Rows:
 
 def steps(work: Work) -> Rows:
     """Forward under autocast, cross entropy, backward and SGD: time, peak memory, and losses to compare."""
-    from gpu_worker import name_of
-
     for name, batch, dtype in work.cases():
         for way in WAYS:
             key = f"{name}/b{batch}/{name_of(dtype)}/{way}"
@@ -42,10 +38,6 @@ def steps(work: Work) -> Rows:
 
 
 def _row(work: Work, name: str, batch: int, dtype: torch.dtype, way: str) -> dict[str, Any]:
-    from gpu_worker import model_of
-
-    import mnv4_kernels
-
     net, x = model_of(work, name, batch, torch.float32)
     net.train()
     forward = net

@@ -80,6 +80,7 @@ def test_synchronised_statistics_are_torchs_before_and_after_patching(found: lis
     assert all("synchronised" in each for each in found)
 
 
+@pytest.mark.filterwarnings("ignore:mnv4_kernels.patch. nothing to replace")
 @pytest.mark.parametrize("patched_first", [True, False])
 def test_converted_statistics_in_one_process_are_the_batchs(patched_first: bool) -> None:
     model = smooth()
