@@ -32,6 +32,20 @@ struct Group {
   }
 };
 
+// The part of a convolution kernel's arguments that a node holds.
+template <class Args>
+void set_window(Args& args, const Node& n, const Pads& pads) {
+  args.kernel_h = static_cast<int>(n.kernel_h);
+  args.kernel_w = static_cast<int>(n.kernel_w);
+  args.stride_h = static_cast<int>(n.stride_h);
+  args.stride_w = static_cast<int>(n.stride_w);
+  args.pad_top = pads.top;
+  args.pad_left = pads.left;
+  args.dilation_h = static_cast<int>(n.dilation_h);
+  args.dilation_w = static_cast<int>(n.dilation_w);
+  args.act = n.activation();
+}
+
 }  // namespace
 
 class Planner {
@@ -218,15 +232,7 @@ class Planner {
     dw.args.width = x.width;
     dw.args.out_height = y.height;
     dw.args.out_width = y.width;
-    dw.args.kernel_h = static_cast<int>(n.kernel_h);
-    dw.args.kernel_w = static_cast<int>(n.kernel_w);
-    dw.args.stride_h = static_cast<int>(n.stride_h);
-    dw.args.stride_w = static_cast<int>(n.stride_w);
-    dw.args.pad_top = pads.top;
-    dw.args.pad_left = pads.left;
-    dw.args.dilation_h = static_cast<int>(n.dilation_h);
-    dw.args.dilation_w = static_cast<int>(n.dilation_w);
-    dw.args.act = n.activation();
+    set_window(dw.args, n, pads);
     dw.weight = weight;
     dw.bias = bias;
     dw.reflect = static_cast<PadMode>(n.pad_mode) == PadMode::kReflect;
@@ -311,15 +317,7 @@ class Planner {
     a.out_channels = out.channels;
     a.out_height = out.height;
     a.out_width = out.width;
-    a.kernel_h = static_cast<int>(n.kernel_h);
-    a.kernel_w = static_cast<int>(n.kernel_w);
-    a.stride_h = static_cast<int>(n.stride_h);
-    a.stride_w = static_cast<int>(n.stride_w);
-    a.pad_top = layout_.pads(id).top;
-    a.pad_left = layout_.pads(id).left;
-    a.dilation_h = static_cast<int>(n.dilation_h);
-    a.dilation_w = static_cast<int>(n.dilation_w);
-    a.act = n.activation();
+    set_window(a, n, layout_.pads(id));
     a.pairs = packed_[static_cast<size_t>(id)].pairs;
     a.winograd = packed_[static_cast<size_t>(id)].winograd;
     return a;

@@ -127,19 +127,10 @@ std::tuple<Tensor, Tensor> kv_downsample(Tensor x, OptionalTensor key_down, Opti
         args.y = y;
         args.y_pixel = channels;
         args.y_row = channels * g.out_width;
-        args.out_height = g.out_height;
-        args.out_width = g.out_width;
         args.weight = paths[path]->down();
         args.bias = paths[path]->shift();
         args.channels = channels;
-        args.kernel_h = g.kernel_h;
-        args.kernel_w = g.kernel_w;
-        args.stride_h = g.stride_h;
-        args.stride_w = g.stride_w;
-        args.pad_top = g.pad_top;
-        args.pad_left = g.pad_left;
-        args.dilation_h = g.dilation_h;
-        args.dilation_w = g.dilation_w;
+        set_window(args, g);
         args.act = Activation::kNone;
         dwconv.run(args, 0, g.out_height, first, last);
       }

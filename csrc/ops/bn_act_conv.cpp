@@ -55,16 +55,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_conv(Tensor x, OptionalTensor mean, Op
   args.y_row = s.outputs * g.out_width;
   args.y_panel = kPanel;
   args.out_channels = s.outputs;
-  args.out_height = g.out_height;
-  args.out_width = g.out_width;
-  args.kernel_h = g.kernel_h;
-  args.kernel_w = g.kernel_w;
-  args.stride_h = g.stride_h;
-  args.stride_w = g.stride_w;
-  args.pad_top = g.pad_top;
-  args.pad_left = g.pad_left;
-  args.dilation_h = g.dilation_h;
-  args.dilation_w = g.dilation_w;
+  set_window(args, g);
   args.act = Activation::kNone;
   const int64_t chunks = div_up(g.out_height, kRowsPerTask);
   const int64_t tasks = in.batch * chunks;

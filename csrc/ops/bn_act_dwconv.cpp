@@ -19,19 +19,10 @@ void convolve(const float* x, int64_t height, int64_t width, const float* weight
   args.y = y;
   args.y_pixel = kPanel;
   args.y_row = g.out_width * kPanel;
-  args.out_height = g.out_height;
-  args.out_width = g.out_width;
   args.weight = weight;
   args.bias = zeros;
   args.channels = kPanel;
-  args.kernel_h = g.kernel_h;
-  args.kernel_w = g.kernel_w;
-  args.stride_h = g.stride_h;
-  args.stride_w = g.stride_w;
-  args.pad_top = g.pad_top;
-  args.pad_left = g.pad_left;
-  args.dilation_h = g.dilation_h;
-  args.dilation_w = g.dilation_w;
+  set_window(args, g);
   args.act = Activation::kNone;
   dwconv_kernel().run(args, 0, g.out_height, 0, kPanel);
 }

@@ -152,5 +152,20 @@ struct Geometry {
 Geometry geometry(const Tensor& x, const Tensor& weight, const IntList& stride, const IntList& padding,
                   const IntList& dilation);
 
+// The part of a convolution kernel's arguments that follows from its geometry.
+template <class Args>
+void set_window(Args& args, const Geometry& g) {
+  args.out_height = g.out_height;
+  args.out_width = g.out_width;
+  args.kernel_h = g.kernel_h;
+  args.kernel_w = g.kernel_w;
+  args.stride_h = g.stride_h;
+  args.stride_w = g.stride_w;
+  args.pad_top = g.pad_top;
+  args.pad_left = g.pad_left;
+  args.dilation_h = g.dilation_h;
+  args.dilation_w = g.dilation_w;
+}
+
 }  // namespace ops
 }  // namespace mnv4

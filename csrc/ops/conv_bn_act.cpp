@@ -54,16 +54,7 @@ Tensor conv_bn_act(Tensor x, Tensor weight, OptionalTensor scale, OptionalTensor
   args.y_row = outputs * g.out_width;
   args.y_panel = kPanel;
   args.out_channels = outputs;
-  args.out_height = g.out_height;
-  args.out_width = g.out_width;
-  args.kernel_h = g.kernel_h;
-  args.kernel_w = g.kernel_w;
-  args.stride_h = g.stride_h;
-  args.stride_w = g.stride_w;
-  args.pad_top = g.pad_top;
-  args.pad_left = g.pad_left;
-  args.dilation_h = g.dilation_h;
-  args.dilation_w = g.dilation_w;
+  set_window(args, g);
   args.act = activation_of(act);
 
   const int64_t workers = torch::stable::get_num_threads();

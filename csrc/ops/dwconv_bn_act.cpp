@@ -32,19 +32,10 @@ Tensor dwconv_bn_act(Tensor x, Tensor weight, OptionalTensor scale, OptionalTens
   args.width = in.width;
   args.y_pixel = channels;
   args.y_row = channels * g.out_width;
-  args.out_height = g.out_height;
-  args.out_width = g.out_width;
   args.weight = panels.data();
   args.bias = bias.data();
   args.channels = channels;
-  args.kernel_h = g.kernel_h;
-  args.kernel_w = g.kernel_w;
-  args.stride_h = g.stride_h;
-  args.stride_w = g.stride_w;
-  args.pad_top = g.pad_top;
-  args.pad_left = g.pad_left;
-  args.dilation_h = g.dilation_h;
-  args.dilation_w = g.dilation_w;
+  set_window(args, g);
   args.act = activation_of(act);
 
   // images by row chunks by channel chunks; enough tasks to balance, each long enough to amortise its halo
