@@ -44,12 +44,11 @@ def _mqa_bwd_dquery_kernel(
     BLOCK_DV: tl.constexpr,
 ):
     """dquery = (weight * (dweight - sum(weight * dweight))) key * scale, dweight = grad value^T."""
-    n_q = tl.cdiv(queries, BLOCK_Q)
-    i_image = tl.program_id(0) // n_q
-    i_block = tl.program_id(0) % n_q
+    # images on the long axis; a division of it would spill on sm_80
+    i_image = tl.program_id(0)
     if INT64:
         i_image = i_image.to(tl.int64)
-    o_q = i_block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_p = tl.arange(0, BLOCK_P)
     o_dk = tl.arange(0, BLOCK_DK)
     o_dv = tl.arange(0, BLOCK_DV)
@@ -198,7 +197,7 @@ def build(
     scales = (scale, scale * 1.4426950408889634)
     first = Launch(
         kernel=_mqa_bwd_dquery_kernel,
-        grid=(cdiv(queries, config.queries) * batch,),
+        grid=(batch, cdiv(queries, config.queries)),
         arguments=(*tensors, dquery, level, shared, *sizes, *scales),
         constants=constants,
         config=config,
