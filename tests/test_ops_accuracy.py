@@ -227,6 +227,24 @@ class TestDeterminism:
                 assert _same_bits(whole[1:2], single)
 
 
+@pytest.mark.parametrize("k", [256, 320, 496])
+def test_a_product_is_as_exact_as_two_even_sums(k: int) -> None:
+    """One chain over the whole reduction has an error 1.4 times as large, and eager's by two threads are two sums."""
+    x, weight = torch.randn(1, k, 16, 16).contiguous(memory_format=torch.channels_last), torch.randn(64, k, 1, 1)
+    found = torch.ops.mnv4_kernels.pwconv_bn_act(x, weight, None, None, "none", None, None)
+    rows, columns = x[0].flatten(1).T, weight.flatten(1).T
+    sums = []
+    for half in (slice(0, k // 2), slice(k // 2, k)):
+        total = torch.zeros(len(rows), columns.shape[1])
+        for row, column in zip(rows[:, half].T.double(), columns[half].double(), strict=True):
+            # a fused multiply-add rounds once
+            total = (total.double() + row[:, None] * column).float()
+        sums.append(total)
+    true = rows.double() @ columns.double()
+    error, earned = (found[0].flatten(1).T - true).norm(), (sums[0] + sums[1] - true).norm()
+    assert error < 1.1 * earned
+
+
 def test_concurrent_calls_of_several_python_threads_do_not_meet() -> None:
     todo = [(case, case.arguments(dtype, "channels_last")) for case in LAYERS for dtype in (torch.float32, torch.half)]
     alone = [run(case, arguments) for case, arguments in todo]
