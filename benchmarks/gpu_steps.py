@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_shapes import blocks
 from gpu_training import training_calls
-from gpu_work import Rows, Work, model_of, name_of, signature, timed
+from gpu_work import Rows, Work, model_of, timed
 from torch.nn import functional as F
 
 import mnv4_kernels
+from mnv4_kernels.ops.support import dtype_name
 
 #: how a step is run; what compiles longest comes last
 WAYS = ("channels_last", "patched", "torch.compile")
@@ -19,21 +19,16 @@ WAYS = ("channels_last", "patched", "torch.compile")
 
 def training_kernels(work: Work) -> Rows:
     """Every depthwise shape of a step, forward and backward: the share of the copy's bandwidth that it reaches."""
-    seen = set()
-    for model, batch, dtype in work.cases():
-        for block in blocks(model, batch, work.arguments.size):
-            for call in training_calls(block, dtype, work.gpu.device):
-                key = f"{call.op}/{name_of(dtype)}/{signature(call)}"
-                if call.op.startswith("bn_act_dwconv") and key not in seen:
-                    seen.add(key)
-                    yield key, lambda call=call: timed(work, call, eager=False)
+    for key, call, _ in work.calls(training_calls):
+        if call.op.startswith("bn_act_dwconv"):
+            yield key, lambda call=call: timed(work, call, eager=False)
 
 
 def steps(work: Work) -> Rows:
     """Forward under autocast, cross entropy, backward and SGD: time, peak memory, and losses to compare."""
     for name, batch, dtype in work.cases():
         for way in WAYS:
-            key = f"{name}/b{batch}/{name_of(dtype)}/{way}"
+            key = f"{name}/b{batch}/{dtype_name(dtype)}/{way}"
             yield key, lambda n=name, b=batch, d=dtype, w=way: _row(work, n, b, d, w)
 
 

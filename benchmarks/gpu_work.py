@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from gpu_campaign import Results
 from gpu_device import Gpu, MadeUp
-from gpu_shapes import Call, blocks, calls
+from gpu_shapes import Block, Call, blocks, calls
 
 from mnv4_kernels.ops._contract import REFERENCES
 from mnv4_kernels.ops.gpu.traffic import Ceilings
+from mnv4_kernels.ops.support import dtype_name
 
 #: (key, what makes its row)
 Rows = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
@@ -40,13 +41,15 @@ class Work:
                 for batch in self.arguments.batches:
                     yield model, batch, dtype
 
-    def calls(self) -> Iterator[tuple[str, Call, torch.dtype]]:
+    def calls(
+        self, calls_of: Callable[[Block, torch.dtype, str], Iterator[Call]] = calls
+    ) -> Iterator[tuple[str, Call, torch.dtype]]:
         """(key, call, dtype) of every distinct op call of the cases."""
         seen = set()
         for model, batch, dtype in self.cases():
             for block in blocks(model, batch, self.arguments.size):
-                for call in calls(block, dtype, self.gpu.device):
-                    key = f"{call.op}/{name_of(dtype)}/{signature(call)}"
+                for call in calls_of(block, dtype, self.gpu.device):
+                    key = f"{call.op}/{dtype_name(dtype)}/{signature(call)}"
                     if key not in seen:
                         seen.add(key)
                         yield key, call, dtype
@@ -55,11 +58,6 @@ class Work:
         """The ceiling that was measured, else the one that is assumed."""
         row = self.results.rows("ceilings").get("copy", {})
         return float(row.get("gb_s", Ceilings().copy_gb_s))
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """bfloat16, not torch.bfloat16."""
-    return str(dtype).removeprefix("torch.")
 
 
 def signature(call: Call) -> str:

@@ -22,12 +22,13 @@ from gpu_campaign import FAILED, LATE, POISONED, ROOT
 from gpu_shapes import Call, UibShape, blocks, calls, compiles_as, launches, uib_arguments
 from gpu_steps import steps, training_kernels
 from gpu_training import training_calls
-from gpu_work import Rows, Work, model_of, name_of, signature, timed
+from gpu_work import Rows, Work, model_of, signature, timed
 
 from mnv4_kernels.ops._contract import REFERENCES
 from mnv4_kernels.ops.gpu import gate, tune
 from mnv4_kernels.ops.gpu.config import Config
 from mnv4_kernels.ops.gpu.traffic import Ceilings
+from mnv4_kernels.ops.support import dtype_name
 
 #: error of a kernel relative to the largest value, against float32 or float64 sums
 TOLERANCE = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 2**-8}
@@ -105,14 +106,14 @@ def compiled(
 
 def precompile(work: Work) -> Rows:
     """Triton's compiler in all processors: what later stages launch lies in its cache."""
-    cases = [(model, batch, name_of(dtype), work.arguments.size) for model, batch, dtype in work.cases()]
+    cases = [(model, batch, dtype_name(dtype), work.arguments.size) for model, batch, dtype in work.cases()]
     cases += [(model, 17, dtype, 128) for dtype in ("float16", "float32", "bfloat16") for model in SMALL]
     yield from _compiling(work, "precompile", cases, train=False)
 
 
 def precompile_training(work: Work) -> Rows:
     """The same for the stages that train."""
-    cases = [(model, batch, name_of(dtype), work.arguments.size) for model, batch, dtype in work.cases()]
+    cases = [(model, batch, dtype_name(dtype), work.arguments.size) for model, batch, dtype in work.cases()]
     yield from _compiling(work, "precompile_training", cases, train=True)
 
 
@@ -179,7 +180,7 @@ def correctness(work: Work) -> Rows:
         for dtype in (torch.bfloat16, torch.float32, torch.float16):
             for block in blocks(model, 2 if work.arguments.dry_run else 17, size):
                 for call in calls(block, dtype, work.gpu.device):
-                    key = f"{call.op}/{name_of(dtype)}/{signature(call)}"
+                    key = f"{call.op}/{dtype_name(dtype)}/{signature(call)}"
                     yield key, lambda call=call, dtype=dtype: checked(work, call, dtype, torch.float64)
     for key, call, dtype in work.calls():
         yield key, lambda call=call, dtype=dtype: checked(work, call, dtype, torch.float32)
@@ -216,7 +217,7 @@ def plans(work: Work) -> Rows:
     for model, batch, dtype in work.cases():
         for block in blocks(model, batch, work.arguments.size):
             if isinstance(block.shape, UibShape):
-                key = f"{name_of(dtype)}/{json.dumps(asdict(block.shape))}"
+                key = f"{dtype_name(dtype)}/{json.dumps(asdict(block.shape))}"
                 yield key, lambda shape=block.shape, act=block.act, dtype=dtype: row(shape, act, dtype)
 
 
@@ -248,7 +249,7 @@ def ours(work: Work) -> Rows:
         return found
 
     for name, batch, dtype in work.cases():
-        yield f"{name}/b{batch}/{name_of(dtype)}", lambda n=name, b=batch, d=dtype: row(n, b, d)
+        yield f"{name}/b{batch}/{dtype_name(dtype)}", lambda n=name, b=batch, d=dtype: row(n, b, d)
 
 
 def baseline(work: Work) -> Rows:
@@ -281,7 +282,7 @@ def baseline(work: Work) -> Rows:
         return {**timing, "compile_seconds": round(seconds, 1)}
 
     for name, batch, dtype in work.cases():
-        key = f"{name}/b{batch}/{name_of(dtype)}"
+        key = f"{name}/b{batch}/{dtype_name(dtype)}"
         yield f"{key}/channels_last", lambda n=name, b=batch, d=dtype: eager(n, b, d)
         grouped = name.startswith("hybrid")
         label = f"max-autotune{', enable_gqa' if grouped else ''}"

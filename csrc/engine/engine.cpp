@@ -12,12 +12,6 @@ namespace {
 // Plans kept for one engine; the least recently used goes first.
 constexpr size_t kPlans = 16;
 
-void round_to_bfloat16(float* values, int64_t n) {
-  std::vector<uint16_t> rounded(static_cast<size_t>(n));
-  pointwise_kernels().narrow(values, Storage::kBfloat16, rounded.data(), n);
-  pointwise_kernels().widen(rounded.data(), Storage::kBfloat16, values, n);
-}
-
 // How an array is packed, and the floats it then takes.
 struct Packing {
   enum class Layout { kVector, kDepthwise, kConv, kWinograd, kProduct } layout;
@@ -28,8 +22,8 @@ struct Packing {
   Storage type = Storage::kFloat32;
   bool dilated = false;
   int64_t stride = 1;
-  // float32 values are rounded to bfloat16, as products of pairs need
-  bool rounded = false;
+  // what float32 values are rounded to: products of pairs need values of bfloat16
+  Storage rounded = Storage::kFloat32;
 
   ConvShape conv() const { return {inputs, kernel_h, kernel_w, dilated, type != Storage::kFloat32}; }
 
@@ -108,7 +102,7 @@ struct Packing {
         break;
       case Layout::kDepthwise:
         pack_panels(from.data, outputs, taps, taps, 1, to);
-        if (rounded) round_to_bfloat16(to, floats());
+        round_to(rounded, to, floats());
         break;
       case Layout::kConv:
         pack_conv(from.data, outputs, conv(), to);
@@ -144,7 +138,7 @@ std::vector<Packing> packings(const Node& n, int64_t channels, Storage type) {
     }
     case Kind::kDepthwise: {
       Packing taps{Layout::kDepthwise, n.channels, 1, kh, kw};
-      taps.rounded = type == Storage::kBfloat16;
+      taps.rounded = type;
       return {taps, vector(n.channels)};
     }
     case Kind::kPointwise:

@@ -413,23 +413,23 @@ void DownsampleJob::run(const Context& context, int64_t begin, int64_t end, Work
   }
 }
 
-KeyPanelsJob::KeyPanelsJob(const Matrix& key, int64_t key_dim, const Matrix& packed)
-    : Job(key.images * div_up(key.rows, kPanel), static_cast<double>(key_dim * kPanel)),
+KeyPanelsJob::KeyPanelsJob(const Matrix& key, const Matrix& packed)
+    : Job(key.images * div_up(key.rows, kPanel), static_cast<double>(packed.columns * kPanel)),
       key_(key),
-      key_dim_(key_dim),
       packed_(packed) {}
 
 void KeyPanelsJob::run(const Context& context, int64_t begin, int64_t end, Worker& worker) const {
   const int64_t panels = div_up(key_.rows, kPanel);
+  const int64_t key_dim = packed_.columns;
   for (; begin < end; ++begin) {
     const int64_t image = begin / panels;
     const int64_t first = begin % panels * kPanel;
     const auto* key = static_cast<const float*>(key_.at(context.arena, image * key_.image + first * key_.row));
-    void* to = packed_.at(context.arena, begin * key_dim_ * kPanel);
+    void* to = packed_.at(context.arena, begin * key_dim * kPanel);
     const bool pairs = packed_.type != Storage::kFloat32;
     float* panel = pairs ? worker.scratch : static_cast<float*>(to);
-    pack_panels(key, std::min<int64_t>(kPanel, key_.rows - first), key_dim_, key_.row, 1, panel);
-    if (pairs) pack_pairs(panel, 1, key_dim_, static_cast<uint16_t*>(to));
+    pack_panels(key, std::min<int64_t>(kPanel, key_.rows - first), key_dim, key_.row, 1, panel);
+    if (pairs) pack_pairs(panel, 1, key_dim, static_cast<uint16_t*>(to));
   }
 }
 
@@ -437,7 +437,7 @@ ValuePairsJob::ValuePairsJob(const Planes& value, const Matrix& packed)
     : Job(value.images * value.blocks(), static_cast<double>(value.plane())), value_(value), packed_(packed) {}
 
 void ValuePairsJob::run(const Context& context, int64_t begin, int64_t end, Worker& worker) const {
-  const int64_t positions = round_up(value_.pixels(), 2);
+  const int64_t positions = packed_.rows;
   for (; begin < end; ++begin) {
     const auto* plane = static_cast<const float*>(value_.at(context.arena, begin * value_.plane()));
     std::fill(std::copy_n(plane, value_.plane(), worker.scratch), worker.scratch + positions * kPanel, 0.0f);

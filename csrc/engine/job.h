@@ -252,13 +252,12 @@ class DownsampleJob : public Job {
 // Row-major float32 keys [P][Dk] to the packed panels of attention's first product; a unit is a panel of an image.
 class KeyPanelsJob : public Job {
  public:
-  KeyPanelsJob(const Matrix& key, int64_t key_dim, const Matrix& packed);
+  KeyPanelsJob(const Matrix& key, const Matrix& packed);
   void run(const Context& context, int64_t begin, int64_t end, Worker& worker) const override;
-  int64_t scratch_floats() const override { return key_dim_ * kPanel; }
+  int64_t scratch_floats() const override { return packed_.columns * kPanel; }
 
  private:
   Matrix key_;
-  int64_t key_dim_;
   Matrix packed_;
 };
 
@@ -268,7 +267,7 @@ class ValuePairsJob : public Job {
  public:
   ValuePairsJob(const Planes& value, const Matrix& packed);
   void run(const Context& context, int64_t begin, int64_t end, Worker& worker) const override;
-  int64_t scratch_floats() const override { return value_.plane() + kPanel; }
+  int64_t scratch_floats() const override { return packed_.rows * kPanel; }
 
  private:
   Planes value_;

@@ -447,7 +447,7 @@ class Planner {
     Matrix key_panels = Matrix::row_major(type, images, round_up(positions, kPanel), n.key_dim);
     key_panels.offset = place(key_panels.bytes());
     step(id, "key panels");
-    add(std::make_unique<KeyPanelsJob>(key, n.key_dim, key_panels));
+    add(std::make_unique<KeyPanelsJob>(key, key_panels));
     Matrix value_panels = Matrix::of(value);
     if (type != Storage::kFloat32) {
       value_panels = Matrix::row_major(type, images, mixed_positions(type, positions), value.blocks() * kPanel);

@@ -198,16 +198,6 @@ PlainWeight::PlainWeight(const Tensor& weight)
   data_ = copy_.data();
 }
 
-void round_to(Storage type, float* values, int64_t n) {
-  if (type == Storage::kFloat32) return;
-  uint16_t rounded[512];
-  for (int64_t i = 0; i < n; i += 512) {
-    const int64_t count = std::min<int64_t>(512, n - i);
-    pointwise_kernels().narrow(values + i, type, rounded, count);
-    pointwise_kernels().widen(rounded, type, values + i, count);
-  }
-}
-
 WeightGradient::WeightGradient(const Tensor& weight) {
   std::vector<int64_t> size;
   for (int64_t i = 0; i < weight.dim(); ++i) size.push_back(weight.size(i));

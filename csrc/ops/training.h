@@ -90,9 +90,6 @@ class PlainWeight {
   const float* data_;
 };
 
-// Rounds `n` floats to what `type` can hold.
-void round_to(Storage type, float* values, int64_t n);
-
 // The gradient of a weight: computed as contiguous float32, converted by finish() where the weight is of another type.
 class WeightGradient {
  public:

@@ -10,8 +10,8 @@ namespace {
 
 using simd::Bf16;
 
-// Columns 2j and 2j + 1 of a plane, of which only those between `first` and `last` are in the image: the others are
-// zeros and are not read.
+// Two neighbouring columns of a plane. What is outside of the image (`low` tells of the first, `high` of the second) is
+// zeros and not read.
 MNV4_INLINE __m512i load_columns(const Bf16* column, bool low, bool high) {
   const __mmask32 inside = (low ? 0x0000ffffu : 0u) | (high ? 0xffff0000u : 0u);
   const __m512i columns = low && high ? _mm512_loadu_si512(column) : _mm512_maskz_loadu_epi16(inside, column);

@@ -29,4 +29,7 @@ struct PointwiseKernels {
 // The first entry of the list that the active tier can run.
 const PointwiseKernels& pointwise_kernels();
 
+// values[i] as it is once stored as `type`
+void round_to(Storage type, float* values, int64_t n);
+
 }  // namespace mnv4
