@@ -50,6 +50,7 @@ TIERS = {
     "avx2": (_X86, _AVX2),
     "avx512": (_X86, _AVX512),
     "avx512bf16": (_X86, [*_AVX512, "-mavx512bf16"]),
+    "amx": (_X86, [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]),
     "neon": (_ARM, []),
 }
 

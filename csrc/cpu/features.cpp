@@ -1,15 +1,32 @@
 #include "cpu/features.h"
 
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace mnv4::cpu {
 namespace {
 
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512bf16"};
+constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512bf16", "amx"};
+
+#if defined(__x86_64__)
+// Tiles of the matrix unit, products of bfloat16, and Linux's permission to use their registers, which a process has to
+// ask for before its first one.
+bool amx_permitted() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & kBf16) == 0 || (edx & kTile) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 Tier detect() {
 #if defined(__x86_64__)
@@ -17,14 +34,16 @@ Tier detect() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Tier::kAvx512Bf16;
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (bf16 && amx_permitted()) return Tier::kAmx;
+  if (bf16) return Tier::kAvx512Bf16;
   if (avx512) return Tier::kAvx512;
   if (avx2) return Tier::kAvx2;
 #endif
   return Tier::kScalar;
 }
 
-constexpr int kNoCap = static_cast<int>(Tier::kAvx512Bf16);
+constexpr int kNoCap = static_cast<int>(Tier::kAmx);
 
 int cap_from_environment() {
   const char* name = std::getenv("MNV4_KERNELS_TIER");
@@ -58,7 +77,7 @@ bool parse_tier(const char* name, Tier* tier) {
 
 std::vector<Tier> compiled_tiers() {
 #if defined(__x86_64__)
-  return {Tier::kScalar, Tier::kAvx2, Tier::kAvx512, Tier::kAvx512Bf16};
+  return {Tier::kScalar, Tier::kAvx2, Tier::kAvx512, Tier::kAvx512Bf16, Tier::kAmx};
 #else
   return {Tier::kScalar};
 #endif

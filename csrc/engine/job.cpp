@@ -25,6 +25,12 @@ Matrix Matrix::row_major(Storage type, int64_t images, int64_t rows, int64_t col
   return {0, type, images, rows, rows * columns, columns, kPanel, columns};
 }
 
+int64_t Depthwise::rows_ready(int64_t rows) const {
+  if (rows >= args.height) return args.out_height;
+  const int64_t last = rows - 1 - static_cast<int64_t>(args.kernel_h - 1) * args.dilation_h + args.pad_top;
+  return last < 0 ? 0 : std::min(last / args.stride_h + 1, args.out_height);
+}
+
 int64_t Depthwise::padded_floats() const {
   if (!reflect) return 0;
   return (args.height + 2 * args.kernel_h) * (args.width + 2 * args.kernel_w) * kPanel;
@@ -249,10 +255,13 @@ std::vector<Stream::Range> ConvJob::weights(int64_t begin, int64_t end) const {
 
 int64_t ConvJob::passes(int64_t begin, int64_t end) const {
   const int64_t rows = spec_.args.winograd ? div_up(spec_.y.width, 2) : spec_.y.width;
-  return (end - begin) * div_up(rows, kernel_.max_rows) * conv_weight_bytes(spec_.args, kernel_.input);
+  return (end - begin) * gemm_passes(kernel_, rows) * conv_weight_bytes(spec_.args, kernel_.input);
 }
 
 namespace {
+
+// Pixels of 16 channels that are multiplied before their rider reads them: half of an L1 and more.
+constexpr int64_t kPixelsAtATime = 512;
 
 // A panel that only a mean consumes is kept as it was summed.
 Storage panel_type(const PanelJob::Spec& s) { return s.mean ? Storage::kFloat32 : s.y.type; }
@@ -268,7 +277,7 @@ int64_t panel_units(const PanelJob::Spec& s) {
 }
 
 double panel_cost(const PanelJob::Spec& s) {
-  const double rate = s.x.type == Storage::kBfloat16 ? 2.0 : 1.0;
+  const double rate = panel_kernel(s).matrix ? 8.0 : s.x.type == Storage::kBfloat16 ? 2.0 : 1.0;
   const double product = static_cast<double>(s.x.rows * s.x.columns * kPanel) / rate;
   if (!s.dw && !s.mean) return product / static_cast<double>(panel_tiles(s));
   return product + (s.dw ? s.dw->plane_cost() : 0.0);
@@ -284,70 +293,169 @@ PanelJob::PanelJob(Spec spec)
       whole_(spec_.dw || spec_.mean),
       tiles_(panel_tiles(spec_)),
       first_tile_(tiles_ * spec_.part / spec_.parts),
-      last_tile_(tiles_ * (spec_.part + 1) / spec_.parts) {
+      last_tile_(tiles_ * (spec_.part + 1) / spec_.parts),
+      first_row_(whole_ ? 0 : spec_.x.rows * first_tile_ / tiles_),
+      last_row_(whole_ ? spec_.x.rows : spec_.x.rows * last_tile_ / tiles_) {
   const bool planes = spec_.x.row == kPanel && spec_.x.panel != kPanel;
   const int64_t segments = planes ? spec_.depth / kPanel : 1;
   for (int64_t s = 0; s < segments; ++s) segment_.push_back(s * spec_.x.panel);
+  packs_ = kernel_.matrix && (planes || spec_.x.columns % kMatrixDepth != 0);
+}
+
+int64_t PanelJob::packed_floats() const {
+  if (!packs_) return 0;
+  const int64_t bytes = PackedRows::values(spec_.x.images * rows(), spec_.depth) * storage_bytes(spec_.x.type);
+  return round_up(div_up(bytes, static_cast<int64_t>(sizeof(float))), kPanel);
+}
+
+// Planes that a rider takes from scratch at once: those of few pixels in groups, as long as they stay in L1.
+int64_t PanelJob::planes_at_a_time() const {
+  if (!kernel_.matrix) return 1;
+  return std::clamp<int64_t>(kPixelsAtATime / spec_.x.rows, 2, 2 * spec_.x.images);
 }
 
 int64_t PanelJob::scratch_floats() const {
-  const int64_t plane = spec_.keep_y ? 0 : spec_.x.rows * kPanel;
-  return plane + (spec_.dw ? spec_.dw->padded_floats() : 0);
+  const int64_t planes = spec_.keep_y ? 0 : planes_at_a_time() * plane_floats();
+  return packed_floats() + planes + (spec_.dw ? spec_.dw->padded_floats() : 0);
 }
 
-void PanelJob::panel(const Context& context, int64_t image, int64_t panel, int64_t row_begin, int64_t row_end,
-                     Worker& worker) const {
+// The largest piece that units [begin, end) begin with.
+PanelJob::Piece PanelJob::piece(int64_t begin, int64_t end) const {
+  const int64_t tiles = whole_ ? 1 : last_tile_ - first_tile_;
+  const int64_t units = spec_.x.images * tiles;
+  const int64_t panel = begin / units;
+  const int64_t image = begin % units / tiles;
+  const int64_t tile = begin % tiles;
+  const int64_t count = end - begin;
+  if (tile > 0 || count < tiles) {
+    const int64_t last = std::min(tiles, tile + count);
+    const auto row = [&](int64_t t) { return spec_.x.rows * (first_tile_ + t) / tiles_ - first_row_; };
+    return {panel, 1, image, 1, row(tile), row(last), last - tile};
+  }
+  // a matrix unit has tiles for two panels
+  const int64_t panels = kernel_.matrix && image == 0 && count >= 2 * units ? 2 : 1;
+  const int64_t images = panels == 2 ? spec_.x.images : std::min(spec_.x.images - image, count / tiles);
+  return {panel, panels, image, images, 0, rows(), panels * images * tiles};
+}
+
+// A product of all images and panels; what it reads and writes begins with this job's first row.
+GemmArgs PanelJob::product(const Context& context) const {
   const Spec& s = spec_;
-  float* scratch = worker.scratch;
   GemmArgs a{};
-  a.a = s.x.at(context.arena, image * s.x.image);
+  a.a = s.x.at(context.arena, first_row_ * s.x.row);
   a.a_row = s.x.row;
+  a.a_image = s.x.image;
+  a.image_rows = rows();
   a.segment = segment_.data();
   a.segments = static_cast<int64_t>(segment_.size());
   a.segment_length = a.segments > 1 ? kPanel : s.x.panel == kPanel ? s.x.columns : s.depth;
-  a.b = advance(s.weight, s.x.type, panel * s.depth * kPanel);
-  a.bias = s.bias + panel * kPanel;
+  a.b = s.weight;
+  a.b_panel = s.depth * kPanel;
+  a.bias = s.bias;
   a.act = s.act;
   // planes are padded to whole panels, rows of a matrix are not
   const bool row_major = s.y.panel == kPanel && s.keep_y && s.y.row != kPanel;
-  a.n = row_major ? std::min<int64_t>(kPanel, s.y.columns - panel * kPanel) : kPanel;
-  a.c = s.keep_y ? s.y.at(context.arena, image * s.y.image + panel * s.y.panel) : scratch;
-  a.c_row = s.keep_y ? s.y.row : kPanel;
-  a.c_panel = kPanel;
+  a.n = row_major ? s.y.columns : round_up(s.y.columns, kPanel);
+  a.c_row = kPanel;
+  if (s.keep_y) {
+    a.c = s.y.at(context.arena, first_row_ * s.y.row);
+    a.c_row = s.y.row;
+    a.c_panel = s.y.panel;
+    a.c_image = s.y.image;
+  }
   if (s.has_residual) {
-    a.residual = s.residual.at(context.arena, image * s.residual.image + panel * s.residual.panel);
+    a.residual = s.residual.at(context.arena, first_row_ * s.residual.row);
     a.residual_row = s.residual.row;
-    a.residual_panel = kPanel;
+    a.residual_panel = s.residual.panel;
+    a.residual_image = s.residual.image;
+  }
+  return a;
+}
+
+// What rides on a piece's planes, of which rows up to row_end are there, and were up to row_begin before.
+void PanelJob::ride(const Context& context, const Piece& piece, const void* planes, int64_t row_begin, int64_t row_end,
+                    float* padded) const {
+  const Spec& s = spec_;
+  const ptrdiff_t image_step = s.keep_y ? s.y.image : plane_floats();
+  const ptrdiff_t panel_step = s.keep_y ? s.y.panel : piece.images * plane_floats();
+  for (int64_t p = 0; p < piece.panels; ++p) {
+    const int64_t panel = piece.panel + p;
+    for (int64_t i = 0; i < piece.images; ++i) {
+      const int64_t image = piece.image + i;
+      const void* plane = advance(planes, panel_type(s), p * panel_step + i * image_step);
+      if (s.dw) {
+        const int64_t width = s.dw->args.width;
+        void* y = s.dw->y.at(context.arena, image * s.dw->y.image() + panel * s.dw->y.plane());
+        s.dw->run(dwconv_, plane, y, panel, s.dw->rows_ready(row_begin / width), s.dw->rows_ready(row_end / width),
+                  padded);
+      }
+      if (s.mean) {
+        float mean[kPanel];
+        pointwise_kernels().mean_pixels(static_cast<const float*>(plane), s.x.rows, kPanel, kPanel, mean);
+        void* y = s.mean_y.at(context.arena, image * s.mean_y.image() + panel * kPanel);
+        pointwise_kernels().narrow(mean, s.mean_y.type, y, kPanel);
+      }
+    }
+  }
+}
+
+void PanelJob::run_piece(const Context& context, const Piece& piece, Worker& worker) const {
+  const Spec& s = spec_;
+  float* planes = worker.scratch + packed_floats();
+  float* padded = planes + (s.keep_y ? 0 : planes_at_a_time() * plane_floats());
+  GemmArgs a = product(context);
+  if (packs_) {
+    a.packed_pitch = PackedRows::pitch(s.x.images * rows());
+    a.a = advance(static_cast<const void*>(worker.scratch), s.x.type, piece.image * rows() * kMatrixDepth);
+  } else {
+    a.a = advance(a.a, s.x.type, piece.image * a.a_image);
+  }
+  a.b = advance(a.b, s.x.type, piece.panel * a.b_panel);
+  a.bias += piece.panel * kPanel;
+  a.n = std::min(a.n - piece.panel * kPanel, piece.panels * kPanel);
+  if (s.keep_y) {
+    a.c = advance(a.c, kernel_.output, piece.image * a.c_image + piece.panel * a.c_panel);
+  } else {
+    a.c = planes;
+    a.c_image = plane_floats();
+    a.c_panel = piece.images * plane_floats();
+  }
+  if (a.residual) {
+    a.residual = advance(a.residual, kernel_.output, piece.image * a.residual_image + piece.panel * a.residual_panel);
   }
   a.stream = &worker.stream;
-  gemm(kernel_, a, row_begin, row_end, 0, 1);
-  if (s.dw) {
-    void* y = s.dw->y.at(context.arena, image * s.dw->y.image() + panel * s.dw->y.plane());
-    float* padded = scratch + (s.keep_y ? 0 : s.x.rows * kPanel);
-    s.dw->run(dwconv_, a.c, y, panel, 0, s.dw->args.out_height, padded);
+  const int64_t end = (piece.images - 1) * rows() + piece.row_end;
+  int64_t strip = end;
+  // a plane that outgrows L1 is read by its rider strip by strip, while it is being written
+  if (kernel_.matrix && s.dw && !s.dw->reflect && piece.images == 1 && end > kPixelsAtATime) {
+    strip = std::max<int64_t>(1, kPixelsAtATime / 2 / s.dw->args.width) * s.dw->args.width;
   }
-  if (s.mean) {
-    float mean[kPanel];
-    pointwise_kernels().mean_pixels(scratch, s.x.rows, kPanel, kPanel, mean);
-    void* y = s.mean_y.at(context.arena, image * s.mean_y.image() + panel * kPanel);
-    pointwise_kernels().narrow(mean, s.mean_y.type, y, kPanel);
+  for (int64_t row = piece.row_begin; row < end; row += strip) {
+    const int64_t last = std::min(row + strip, end);
+    gemm(kernel_, a, row, last, 0, piece.panels);
+    if (whole_) ride(context, piece, a.c, strip < end ? row : 0, strip < end ? last : s.x.rows, padded);
   }
 }
 
 void PanelJob::run(const Context& context, int64_t begin, int64_t end, Worker& worker) const {
-  const int64_t rows = spec_.x.rows;
-  const int64_t images = spec_.x.images;
-  if (whole_) {
-    for (; begin < end; ++begin) panel(context, begin % images, begin / images, 0, rows, worker);
-    return;
+  if (packs_ && worker.packed != this) {
+    const GemmArgs a = product(context);
+    for (int64_t i = 0; i < spec_.x.images; ++i) {
+      GemmArgs image = a;
+      image.a = advance(a.a, spec_.x.type, i * a.a_image);
+      void* to = advance(static_cast<void*>(worker.scratch), spec_.x.type, i * rows() * kMatrixDepth);
+      kernel_.matrix->pack_rows(image, 0, rows(), to, PackedRows::pitch(spec_.x.images * rows()));
+    }
+    worker.packed = this;
   }
-  const int64_t tiles = last_tile_ - first_tile_;
   while (begin < end) {
-    const int64_t tile = first_tile_ + begin % tiles;
-    const int64_t count = std::min(last_tile_ - tile, end - begin);
-    const int64_t group = begin / tiles;
-    panel(context, group % images, group / images, rows * tile / tiles_, rows * (tile + count) / tiles_, worker);
-    begin += count;
+    const Piece next = piece(begin, end);
+    const int64_t images = whole_ ? std::max<int64_t>(1, planes_at_a_time() / next.panels) : next.images;
+    for (Piece part = next; part.image < next.image + next.images; part.image += images) {
+      part.images = std::min(images, next.image + next.images - part.image);
+      run_piece(context, part, worker);
+    }
+    begin += next.units;
   }
 }
 
@@ -363,7 +471,8 @@ std::vector<Stream::Range> PanelJob::weights(int64_t begin, int64_t end) const {
 }
 
 int64_t PanelJob::passes(int64_t begin, int64_t end) const {
-  return (end - begin) * (whole_ ? tiles_ : 1) * panel_bytes();
+  const int64_t units = whole_ ? 1 : last_tile_ - first_tile_;
+  return (end - begin) * gemm_passes(kernel_, rows()) * panel_bytes() / units;
 }
 
 DepthwiseJob::DepthwiseJob(const Planes& x, Depthwise dw, int64_t part, int64_t parts)
@@ -448,7 +557,7 @@ void ValuePairsJob::run(const Context& context, int64_t begin, int64_t end, Work
 
 AttentionJob::AttentionJob(const AttentionArgs& args, int64_t rows, const Matrix& query, const Matrix& key,
                            const Matrix& value, const Matrix& y)
-    : Job(y.images * div_up(rows, 2 * gemm_kernel().max_rows), 1.0),
+    : Job(y.images * div_up(rows, 2 * gemm_kernel(query.type).max_rows), 1.0),
       kernel_(gemm_kernel(query.type)),
       mixing_(gemm_kernel(query.type, y.type)),
       args_(args),

@@ -58,10 +58,14 @@ struct Context {
   double* step_seconds;
 };
 
+class Job;
+
 // What a worker has of its own during a step.
 struct Worker {
   float* scratch;
   Stream stream;
+  // whose packed rows are in scratch, or null
+  const Job* packed = nullptr;
 };
 
 class Job {
@@ -94,6 +98,8 @@ struct Depthwise {
   // One plane: rows [row_begin, row_end). `padded` is scratch for the mirrored plane.
   void run(const DwconvKernel& kernel, const void* x, void* y, int64_t block, int64_t row_begin, int64_t row_end,
            float* padded) const;
+  // Output rows that read nothing behind the first `rows` of the input.
+  int64_t rows_ready(int64_t rows) const;
   int64_t padded_floats() const;
   double plane_cost() const;
 };
@@ -203,17 +209,39 @@ class PanelJob : public Job {
   int64_t passes(int64_t begin, int64_t end) const override;
 
  private:
-  void panel(const Context& context, int64_t image, int64_t panel, int64_t row_begin, int64_t row_end,
-             Worker& worker) const;
   int64_t panel_bytes() const { return spec_.depth * kPanel * storage_bytes(spec_.x.type); }
+
+  // What is multiplied at once: panels of images, and of a single image some of the rows only.
+  struct Piece {
+    int64_t panel;
+    int64_t panels;
+    int64_t image;
+    int64_t images;
+    int64_t row_begin;  // from first_row_
+    int64_t row_end;
+    int64_t units;
+  };
+  Piece piece(int64_t begin, int64_t end) const;
+  void run_piece(const Context& context, const Piece& piece, Worker& worker) const;
+  void ride(const Context& context, const Piece& piece, const void* planes, int64_t row_begin, int64_t row_end,
+            float* padded) const;
+  GemmArgs product(const Context& context) const;
+  // rows of an image that this job computes
+  int64_t rows() const { return last_row_ - first_row_; }
+  int64_t packed_floats() const;
+  int64_t planes_at_a_time() const;
+  int64_t plane_floats() const { return spec_.x.rows * kPanel; }
 
   const GemmKernel& kernel_;
   const DwconvKernel& dwconv_;
   Spec spec_;
   bool whole_;  // a unit is a whole panel of an image, else a tile of rows
+  bool packs_;  // rows are packed for a matrix unit first
   int64_t tiles_;
   int64_t first_tile_;
   int64_t last_tile_;
+  int64_t first_row_;
+  int64_t last_row_;
   std::vector<ptrdiff_t> segment_;
 };
 

@@ -526,6 +526,7 @@ int64_t Plan::most_jobs() const {
 void Plan::run(const Context& context, Team& team, int64_t begin, int64_t end, float* scratch) const {
   const bool timed = context.step_seconds && begin == 0;
   auto last_time = std::chrono::steady_clock::now();
+  const MatrixSession session;
   prepare(team, 0, begin, end);
   for (size_t s = 0; s < steps_.size(); ++s) {
     const Step& step = steps_[s];
@@ -533,10 +534,15 @@ void Plan::run(const Context& context, Team& team, int64_t begin, int64_t end, f
     Worker worker{scratch, Stream(ahead.ranges.data(), ahead.ranges.data() + ahead.ranges.size(), ahead.rate)};
     int64_t first = 0;
     int64_t last = 0;
+    const auto run_units = [&](const Job& job) {
+      // another job's scratch
+      if (worker.packed != &job) worker.packed = nullptr;
+      job.run(context, first, last, worker);
+    };
     for (size_t j = 0; j < step.jobs.size(); ++j) {
       const Job& job = *step.jobs[j];
       for (int64_t w = begin; w < end; ++w) {
-        while (team.queue(s, j, w).take_front(job.grain(), &first, &last)) job.run(context, first, last, worker);
+        while (team.queue(s, j, w).take_front(job.grain(), &first, &last)) run_units(job);
       }
     }
     // a core that other work disturbs, or a slower one, must not hold up the rest
@@ -544,7 +550,7 @@ void Plan::run(const Context& context, Team& team, int64_t begin, int64_t end, f
       for (size_t j = 0; j < step.jobs.size(); ++j) {
         const Job& job = *step.jobs[j];
         Queue& queue = team.queue(s, j, i % team.workers());
-        while (queue.take_back(job.grain(), &first, &last)) job.run(context, first, last, worker);
+        while (queue.take_back(job.grain(), &first, &last)) run_units(job);
       }
     }
     // nobody looks at the next step's queues before the barrier opens

@@ -21,7 +21,8 @@ struct Runs {
   explicit Runs(const ConvShape& s) {
     const auto even = [&](int64_t n) { return s.pairs ? round_up(n, 2) : n; };
     planar = conv_is_planar(s.channels) && !s.pairs;
-    const bool blocks = s.channels % kPanel == 0;
+    // a matrix unit reads whole pixels
+    const bool blocks = s.channels % kPanel == 0 && !s.pairs;
     planes = planar ? s.channels : blocks ? s.channels / kPanel : 1;
     plane_channels = planar ? 1 : blocks ? kPanel : s.dilated ? even(s.channels) : s.channels;
     taps_apart = s.dilated ? s.kernel_w : 1;
@@ -123,7 +124,12 @@ void PaddedRows::copy(int64_t iy, T* row) const {
       std::copy_n(in, args_.width * kPanel, out);
     } else {
       for (int64_t i = 0; i < args_.width; ++i) {
-        std::copy_n(in + i * args_.x_pixel, channels, out + i * ring_.plane_channels);
+        // a whole block's length is known to the compiler
+        if (channels == kPanel) {
+          std::copy_n(in + i * args_.x_pixel, kPanel, out + i * ring_.plane_channels);
+        } else {
+          std::copy_n(in + i * args_.x_pixel, channels, out + i * ring_.plane_channels);
+        }
       }
     }
   }

@@ -23,6 +23,14 @@ const GemmKernel& gemm_kernel(Storage input, Storage output) {
 }
 
 bool gemm_has_bfloat16() { return gemm_kernel(Storage::kBfloat16, Storage::kBfloat16).input == Storage::kBfloat16; }
+bool gemm_has_matrix_unit() { return gemm_kernel(Storage::kBfloat16, Storage::kBfloat16).matrix != nullptr; }
+
+MatrixSession::MatrixSession() : unit_(gemm_kernel(Storage::kBfloat16, Storage::kBfloat16).matrix) {
+  if (unit_) unit_->begin();
+}
+MatrixSession::~MatrixSession() {
+  if (unit_) unit_->end();
+}
 
 namespace {
 
@@ -193,6 +201,22 @@ void gemm(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begin, int
           int64_t panel_end) {
   const int64_t rows = row_end - row_begin;
   if (rows <= 0) return;
+  if (args.image_rows && !args.packed_pitch) {
+    for (int64_t row = row_begin; row < row_end;) {
+      const int64_t i = row / args.image_rows;
+      const int64_t first = i * args.image_rows;
+      const int64_t end = std::min(first + args.image_rows, row_end);
+      GemmArgs image = args;
+      image.image_rows = 0;
+      image.a = advance(args.a, kernel.input, i * args.a_image);
+      image.c = advance(args.c, kernel.output, i * args.c_image);
+      if (args.residual) image.residual = advance(args.residual, kernel.output, i * args.residual_image);
+      gemm(kernel, image, row - first, end - first, panel_begin, panel_end);
+      row = end;
+    }
+    return;
+  }
+  if (kernel.matrix) return kernel.matrix->product(args, row_begin, row_end, panel_begin, panel_end);
   const int64_t tiles = div_up(rows, kernel.max_rows);
   const int64_t blocks = div_up(tiles, block_tiles(kernel, args.segments * args.segment_length));
   for (int64_t b = 0; b < blocks; ++b) {

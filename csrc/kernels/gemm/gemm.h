@@ -58,10 +58,34 @@ using GemmTileFn = void (*)(const GemmTile&);
 // short, so their length is compiled too.
 enum RowVariant { kAnyRow, kImageRow, kPlaneRow, kStridedPlaneRow, kRowVariants };
 
+struct GemmArgs;
+
+// A processor's matrix unit, whose tiles take kMatrixRows rows, one panel and runs of kMatrixDepth values of K.
+struct MatrixUnit {
+  void (*product)(const GemmArgs&, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end);
+  // Rows [row_begin, row_end) of args.a as PackedRows in `to`.
+  void (*pack_rows)(const GemmArgs&, int64_t row_begin, int64_t row_end, void* to, int64_t pitch);
+  // What MatrixSession calls.
+  void (*begin)();
+  void (*end)();
+};
+
+inline constexpr int64_t kMatrixRows = 16;
+inline constexpr int64_t kMatrixDepth = 32;
+
+// Rows in the order in which a matrix unit reads them: [K / kMatrixDepth][pitch][kMatrixDepth], zeros beyond K.
+struct PackedRows {
+  // a tile may read past the last row, and a pitch that is a power of two would put all runs in the same L1 sets
+  static int64_t pitch(int64_t rows) { return round_up(rows, kMatrixRows) + kMatrixRows + 4; }
+  static int64_t values(int64_t rows, int64_t k) { return pitch(rows) * round_up(k, kMatrixDepth); }
+};
+
 struct GemmKernel {
   const char* name;
   Storage input;
   Storage output;
+  // null where register tiles do the products, which are all that follows
+  const MatrixUnit* matrix;
   // rows of the largest tile; tile[v][r] takes exactly r rows, row_stride[v] apart
   int max_rows;
   GemmTileFn tile[kRowVariants][16];
@@ -76,8 +100,21 @@ struct GemmKernel {
 // The first kernel of the list that the active tier can run. Every tier has float32 in and out.
 const GemmKernel& gemm_kernel(Storage input = Storage::kFloat32, Storage output = Storage::kFloat32);
 
-// True where the active tier multiplies bfloat16.
+// True where the active tier multiplies bfloat16, and where a matrix unit does.
 bool gemm_has_bfloat16();
+bool gemm_has_matrix_unit();
+
+// While one lives its thread's matrix unit, if there is one, stays configured: that takes as long as a small product.
+class MatrixSession {
+ public:
+  MatrixSession();
+  ~MatrixSession();
+  MatrixSession(const MatrixSession&) = delete;
+  MatrixSession& operator=(const MatrixSession&) = delete;
+
+ private:
+  const MatrixUnit* unit_;
+};
 
 // Weights that will be needed soon, in order: tiles bring them into L2 while they multiply, so that the first tile of a
 // panel does not wait for memory. Cheap to copy, used by one thread.
@@ -132,13 +169,26 @@ struct GemmArgs {
   ptrdiff_t c_panel;  // from a panel's columns to the next's; residual_panel for the residual
   ptrdiff_t residual_panel;
   int64_t n;  // columns
+  // Rows are those of several images, `image_rows` of each; 0: of one. From an image to the next:
+  int64_t image_rows = 0;
+  ptrdiff_t a_image = 0;
+  ptrdiff_t c_image = 0;
+  ptrdiff_t residual_image = 0;
+  // a is row 0 of PackedRows of this pitch, of all images; 0: a is as told above
+  int64_t packed_pitch = 0;
   Activation act;
   int64_t chain = kChain;
   Stream* stream = nullptr;  // or what to fetch meanwhile
 };
 
+// Rows count through all images.
 void gemm(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begin, int64_t row_end, int64_t panel_begin,
           int64_t panel_end);
+
+// How often each panel of weights passes by while `rows` rows are multiplied.
+inline int64_t gemm_passes(const GemmKernel& kernel, int64_t rows) {
+  return div_up(rows, kernel.matrix ? 2 * kMatrixRows : kernel.max_rows);
+}
 
 // How `tasks` workers share a product: a grid of row chunks by panel chunks.
 struct GemmGrid {
