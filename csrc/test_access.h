@@ -127,6 +127,7 @@ py::dict facts(const Row<Kernel>& row) {
     found["output"] = storage_name(row.kernel->output);
   }
   if constexpr (requires { row.kernel->max_rows; }) {
+    found["matrix"] = row.kernel->matrix != nullptr;
     found["max_rows"] = row.kernel->max_rows;
     found["wide_rows"] = row.kernel->wide_rows;
     found["wide_panels"] = row.kernel->wide_panels;
@@ -186,10 +187,58 @@ inline void run_gemm_tile(const std::string& name, const Numbers& n, const std::
   tile.partial = static_cast<float*>(data(partial, true));
   const int64_t variant = n.at("variant");
   const int64_t rows = n.at("rows");
-  if (rows < 1 || rows > (variant < 0 ? kernel.wide_rows : kernel.max_rows) || variant >= kRowVariants) {
+  if (kernel.matrix || rows < 1 || rows > (variant < 0 ? kernel.wide_rows : kernel.max_rows) ||
+      variant >= kRowVariants) {
     throw py::value_error("no tile of " + name + " has that many rows");
   }
   (variant < 0 ? kernel.wide : kernel.tile[variant])[rows](tile);
+}
+
+// A product of rows [row_begin, row_end) and panels [panel_begin, panel_end). With `packed` the rows of all images are
+// packed for the matrix unit first.
+inline void run_gemm(const std::string& name, const Numbers& n, const std::vector<ptrdiff_t>& segments,
+                     const std::string& act, const py::buffer& a, const py::buffer& b, const py::buffer& bias,
+                     const OptionalBuffer& gamma, const OptionalBuffer& residual, const py::buffer& c) {
+  const GemmKernel& kernel = find(gemm_rows(), name);
+  GemmArgs args{};
+  args.a = data(a);
+  args.a_row = n.at("a_row");
+  args.segment = segments.data();
+  args.segments = static_cast<int64_t>(segments.size());
+  args.segment_length = n.at("segment_length");
+  args.b = data(b);
+  args.b_panel = n.at("b_panel");
+  args.bias = static_cast<const float*>(data(bias));
+  args.gamma = static_cast<const float*>(data(gamma));
+  args.residual = data(residual);
+  args.residual_row = n.at("residual_row");
+  args.residual_panel = n.at("residual_panel");
+  args.residual_image = n.at("residual_image");
+  args.c = data(c, true);
+  args.c_row = n.at("c_row");
+  args.c_panel = n.at("c_panel");
+  args.c_image = n.at("c_image");
+  args.n = n.at("n");
+  args.act = activation(act);
+  args.image_rows = n.at("image_rows");
+  args.a_image = n.at("a_image");
+  args.rows_behind = n.at("rows_behind");
+  std::vector<char> packed;
+  if (n.at("packed")) {
+    if (!kernel.matrix) throw py::value_error(name + " reads no packed rows");
+    const int64_t rows = n.at("images") * args.image_rows;
+    const int64_t k = args.segments * args.segment_length;
+    packed.assign(static_cast<size_t>(PackedRows::values(rows, k) * storage_bytes(kernel.input)), '\xff');
+    args.packed_pitch = PackedRows::pitch(rows);
+    for (int64_t i = 0; i < n.at("images"); ++i) {
+      GemmArgs image = args;
+      image.a = advance(args.a, kernel.input, i * args.a_image);
+      void* to = advance(static_cast<void*>(packed.data()), kernel.input, i * args.image_rows * kMatrixDepth);
+      kernel.matrix->pack_rows(image, 0, args.image_rows, to, args.packed_pitch);
+    }
+    args.a = packed.data();
+  }
+  gemm(kernel, args, n.at("row_begin"), n.at("row_end"), n.at("panel_begin"), n.at("panel_end"));
 }
 
 inline void run_dwconv(const std::string& name, const Numbers& n, const std::string& act, const py::buffer& x,
@@ -229,6 +278,16 @@ inline void define(py::module_& m) {
   m.def("gemm_tile", &run_gemm_tile, py::arg("name"), py::arg("numbers"), py::arg("segments"), py::arg("act"),
         py::arg("a"), py::arg("b"), py::arg("bias"), py::arg("gamma"), py::arg("residual"), py::arg("c"),
         py::arg("partial"), "One GemmTile of kernel `name`; `numbers` are its fields, `rows` and `variant`.");
+  m.def(
+      "gemm_name",
+      [](const std::string& input, const std::string& output) {
+        return gemm_kernel(parse_storage(input), parse_storage(output)).name;
+      },
+      py::arg("input"), py::arg("output"), "The kernel that the tier in use takes for these types.");
+  m.def(
+      "gemm", &run_gemm, py::arg("name"), py::arg("numbers"), py::arg("segments"), py::arg("act"), py::arg("a"),
+      py::arg("b"), py::arg("bias"), py::arg("gamma"), py::arg("residual"), py::arg("c"),
+      "A product by kernel `name`; `numbers` are the fields of GemmArgs, the rows and panels, `images` and `packed`.");
   m.def("dwconv", &run_dwconv, py::arg("name"), py::arg("numbers"), py::arg("act"), py::arg("x"), py::arg("weight"),
         py::arg("bias"), py::arg("y"), "Rows and channels of a depthwise convolution by kernel `name`.");
   m.def(

@@ -319,6 +319,13 @@ int64_t PanelJob::scratch_floats() const {
   return packed_floats() + planes + (spec_.dw ? spec_.dw->padded_floats() : 0);
 }
 
+int64_t PanelJob::grain() const {
+  const int64_t tiles = whole_ ? 1 : last_tile_ - first_tile_;
+  // two panels at a time
+  if (kernel_.matrix) return std::max<int64_t>(1, 2 * spec_.x.images * tiles);
+  return whole_ ? 1 : std::clamp<int64_t>(tiles, 1, 8);
+}
+
 // The largest piece that units [begin, end) begin with.
 PanelJob::Piece PanelJob::piece(int64_t begin, int64_t end) const {
   const int64_t tiles = whole_ ? 1 : last_tile_ - first_tile_;

@@ -203,7 +203,7 @@ class PanelJob : public Job {
   };
   explicit PanelJob(Spec spec);
   void run(const Context& context, int64_t begin, int64_t end, Worker& worker) const override;
-  int64_t grain() const override { return whole_ ? 1 : std::clamp<int64_t>(last_tile_ - first_tile_, 1, 8); }
+  int64_t grain() const override;
   int64_t scratch_floats() const override;
   std::vector<Stream::Range> weights(int64_t begin, int64_t end) const override;
   int64_t passes(int64_t begin, int64_t end) const override;

@@ -133,8 +133,8 @@ bool Layout::feeds_projection(int64_t id) const {
 Planes Layout::planes(int64_t id, int64_t images) const {
   const Shape& s = shape(id);
   // a matrix unit leaves its sums in memory anyway: a depthwise on them need not widen what was rounded before
-  const bool rides = feeds_rider(id) && (node(id + 1).what() == Kind::kPool ||
-                                         (gemm_has_matrix_unit() && node(id).residual < 0));
+  const bool rides =
+      feeds_rider(id) && (node(id + 1).what() == Kind::kPool || (gemm_has_matrix_unit() && node(id).residual < 0));
   return {0, is_result(id) || rides ? Storage::kFloat32 : compute_, images, s.channels, s.height, s.width};
 }
 

@@ -541,8 +541,10 @@ void Plan::run(const Context& context, Team& team, int64_t begin, int64_t end, f
     };
     for (size_t j = 0; j < step.jobs.size(); ++j) {
       const Job& job = *step.jobs[j];
+      // who is alone has nobody to leave units to
+      const int64_t grain = team.workers() == 1 ? std::max<int64_t>(1, job.units) : job.grain();
       for (int64_t w = begin; w < end; ++w) {
-        while (team.queue(s, j, w).take_front(job.grain(), &first, &last)) run_units(job);
+        while (team.queue(s, j, w).take_front(grain, &first, &last)) run_units(job);
       }
     }
     // a core that other work disturbs, or a slower one, must not hold up the rest

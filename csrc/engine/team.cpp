@@ -43,7 +43,7 @@ bool Queue::take_front(int64_t grain, int64_t* begin, int64_t* end) {
     const int64_t left = last(range) - first(range);
     if (left <= 0) return false;
     *begin = first(range);
-    *end = *begin + std::min(left, std::max(grain, (left + 1) / 2));
+    *end = *begin + std::min(left, std::max(grain, (left + 1) / 2 / grain * grain));
     if (range_.compare_exchange_weak(range, pack(*end, last(range)), std::memory_order_relaxed)) return true;
   }
 }
@@ -54,7 +54,7 @@ bool Queue::take_back(int64_t grain, int64_t* begin, int64_t* end) {
     const int64_t left = last(range) - first(range);
     if (left < 2 * grain) return false;
     *end = last(range);
-    *begin = *end - std::max(grain, left / 2);
+    *begin = *end - std::max(grain, left / 2 / grain * grain);
     if (range_.compare_exchange_weak(range, pack(first(range), *begin), std::memory_order_relaxed)) return true;
   }
 }

@@ -26,7 +26,7 @@ class Queue {
  public:
   // Only while nobody takes.
   void reset(int64_t begin, int64_t end) { range_.store(pack(begin, end), std::memory_order_relaxed); }
-  // The next run of units: half of what is left, at least `grain`. False where nothing is.
+  // The next run of units: half of what is left, in multiples of `grain` and at least one. False where nothing is.
   bool take_front(int64_t grain, int64_t* begin, int64_t* end);
   // The same for another worker, who leaves the owner its last runs.
   bool take_back(int64_t grain, int64_t* begin, int64_t* end);

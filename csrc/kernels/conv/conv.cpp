@@ -210,6 +210,8 @@ ConvRows::ConvRows(const GemmKernel& kernel, const ConvArgs& args, float* scratc
   product_.c_panel = args.y_panel;
   product_.n = args.out_channels;
   product_.act = args.act;
+  // behind the ring lies wide_row_, as long as a row of float32
+  if (args.out_width >= kMatrixRows) product_.rows_behind = kMatrixRows;
   product_.stream = args.stream;
 }
 

@@ -174,6 +174,8 @@ struct GemmArgs {
   ptrdiff_t a_image = 0;
   ptrdiff_t c_image = 0;
   ptrdiff_t residual_image = 0;
+  // rows behind the last one that may be read, whatever they hold
+  int64_t rows_behind = 0;
   // a is row 0 of PackedRows of this pitch, of all images; 0: a is as told above
   int64_t packed_pitch = 0;
   Activation act;

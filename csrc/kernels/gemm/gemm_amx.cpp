@@ -65,7 +65,6 @@ struct Block {
   const char* b_tail[4];
   const float* bias;
   const char* ahead[4];
-  float* sums;  // [MB][NB][16][16]
 };
 
 MNV4_INLINE void fetch(const char* line) {
@@ -96,6 +95,7 @@ MNV4_INLINE void multiply_run(const char* a, ptrdiff_t a_row, const char* const*
   }
 }
 
+// Sums stay in tiles 0 to 3.
 template <int MB, int NB>
 void multiply(const Block& t) {
   static_assert(MB * NB <= 4, "as many sums as there are tiles for them");
@@ -120,15 +120,22 @@ void multiply(const Block& t) {
     }
     if (t.b_tail[0]) multiply_run<MB, NB>(a, rows.row, t.b_tail, 0);
   }
-  constexpr ptrdiff_t kSums = kMatrixRows * kPanel;
-  store_tile<0>(t.sums, kTileRow);
-  if constexpr (MB * NB >= 2) store_tile<1>(t.sums + kSums, kTileRow);
-  if constexpr (MB * NB == 4) store_tile<2>(t.sums + 2 * kSums, kTileRow);
-  if constexpr (MB * NB == 4) store_tile<3>(t.sums + 3 * kSums, kTileRow);
+}
+
+constexpr ptrdiff_t kSums = kMatrixRows * kPanel;
+
+void store_sums(int64_t tiles, float* to) {
+  store_tile<0>(to, kTileRow);
+  if (tiles >= 2) store_tile<1>(to + kSums, kTileRow);
+  if (tiles < 4) return;
+  store_tile<2>(to + 2 * kSums, kTileRow);
+  store_tile<3>(to + 3 * kSums, kTileRow);
 }
 
 template <class Out>
 class Product {
+  using C = simd::Stored<Out>;
+
  public:
   Product(const GemmArgs& args, const Rows& rows, int64_t row_begin) : args_(args), rows_(rows), row_begin_(row_begin) {
     const int64_t k = args.segments * args.segment_length;
@@ -138,6 +145,7 @@ class Product {
 
   // `count` rows, the first of which is row_begin and lies at rows.data
   void run(int64_t count, int64_t panel_begin, int64_t panel_end, bool wide) {
+    Sums last{};
     for (int64_t panel = panel_begin; panel < panel_end;) {
       const int64_t left = panel_end - panel;
       const int64_t panels = wide && left >= 4 ? 4 : left >= 2 ? 2 : 1;
@@ -148,23 +156,21 @@ class Product {
         block_.a_first = rows_.data + row * rows_.row;
         for (int64_t p = 0; p < panels; ++p) take_ahead(p);
         multiply_block(blocks, panels);
-        for (int64_t b = 0; b < blocks; ++b) {
-          for (int64_t p = 0; p < panels; ++p) {
-            finish(block_.sums + (b * panels + p) * kMatrixRows * kPanel, row + b * kMatrixRows,
-                   std::min(kMatrixRows, rows - b * kMatrixRows), panel + p);
-          }
-        }
+        // while the tiles multiply
+        finish(last);
+        last = {sums_[last.values == sums_[0]], row, rows, panel, panels};
+        store_sums(blocks * panels, last.values);
         row += rows;
       }
       panel += panels;
     }
+    finish(last);
   }
 
  private:
   void place_weights(int64_t panel, int64_t panels) {
     block_.a = &rows_;
     block_.bias = args_.bias + panel * kPanel;
-    block_.sums = sums_;
     for (int64_t p = 0; p < panels; ++p) {
       block_.b[p] = static_cast<const char*>(advance(args_.b, Storage::kBfloat16, (panel + p) * args_.b_panel));
       block_.b_tail[p] = nullptr;
@@ -186,39 +192,71 @@ class Product {
     panels == 2 ? multiply<1, 2>(block_) : multiply<1, 1>(block_);
   }
 
-  // The epilogue of one tile's sums.
-  void finish(float* sums, int64_t first, int64_t count, int64_t panel) const {
-    using C = simd::Stored<Out>;
-    if (args_.act != Activation::kNone && args_.act != Activation::kRelu) {
-      for (int64_t r = 0; r < count; ++r) simd::activate(args_.act, Vec::load(sums + r * kPanel)).store(sums + r * kPanel);
+  // Sums of `rows` rows of `panels` panels: [rows / 16][panels][16][16].
+  struct Sums {
+    float* values;
+    int64_t row;
+    int64_t rows;
+    int64_t panel;
+    int64_t panels;
+  };
+
+  // The epilogue.
+  void finish(const Sums& sums) const {
+    for (int64_t first = 0; first < sums.rows;) {
+      // rows of one image and one tile
+      const int64_t row = row_begin_ + sums.row + first;
+      int64_t image = 0;
+      int64_t pixel = row;
+      int64_t end = std::min(sums.rows, (first / kMatrixRows + 1) * kMatrixRows);
+      if (args_.image_rows) {
+        image = row / args_.image_rows;
+        pixel = row % args_.image_rows;
+        end = std::min(end, first + args_.image_rows - pixel);
+      }
+      const float* values = sums.values + (first / kMatrixRows) * sums.panels * kSums + first % kMatrixRows * kPanel;
+      for (int64_t p = 0; p < sums.panels; ++p, values += kSums)
+        finish_rows(values, image, pixel, end - first, sums.panel + p);
+      first = end;
     }
-    const Vec least = Vec::broadcast(args_.act == Activation::kRelu ? 0.0f : -__builtin_inff());
-    const Vec gamma = args_.gamma ? Vec::load(args_.gamma + panel * kPanel) : Vec::broadcast(1.0f);
+  }
+
+  void finish_rows(const float* values, int64_t image, int64_t pixel, int64_t count, int64_t panel) const {
     const auto columns = static_cast<int>(std::min<int64_t>(kPanel, args_.n - panel * kPanel));
-    const int64_t row = row_begin_ + first;
-    const int64_t image_rows = args_.image_rows ? args_.image_rows : row + count;
-    int64_t image = row / image_rows;
-    int64_t pixel = row % image_rows;
-    for (int64_t done = 0; done < count; ++image, pixel = 0) {
-      const int64_t end = std::min(count, done + image_rows - pixel);
-      auto* c = static_cast<Out*>(args_.c) + image * args_.c_image + pixel * args_.c_row + panel * args_.c_panel;
-      const Out* residual = nullptr;
-      if (args_.residual) {
-        residual = static_cast<const Out*>(args_.residual) + image * args_.residual_image +
-                   pixel * args_.residual_row + panel * args_.residual_panel;
-      }
-      for (; done < end; ++done, c += args_.c_row) {
-        Vec y = max(least, Vec::load(sums + done * kPanel));
-        if (args_.gamma) y = y * gamma;
-        if (columns == kPanel) {
-          if (residual) y = y + C::load(residual);
-          C::store(c, y);
-        } else {
-          if (residual) y = y + C::load(residual, columns);
-          C::store(c, y, columns);
-        }
-        if (residual) residual += args_.residual_row;
-      }
+    auto* c = static_cast<Out*>(args_.c) + image * args_.c_image + pixel * args_.c_row + panel * args_.c_panel;
+    const Out* residual = nullptr;
+    if (args_.residual) {
+      residual = static_cast<const Out*>(args_.residual) + image * args_.residual_image + pixel * args_.residual_row +
+                 panel * args_.residual_panel;
+    }
+    if (columns == kPanel && !args_.gamma && (args_.act == Activation::kNone || args_.act == Activation::kRelu)) {
+      const Vec least = Vec::broadcast(args_.act == Activation::kRelu ? 0.0f : -__builtin_inff());
+      if (residual) return finish_plain<true>(values, least, count, c, residual);
+      return finish_plain<false>(values, least, count, c, residual);
+    }
+    const Vec gamma = args_.gamma ? Vec::load(args_.gamma + panel * kPanel) : Vec::broadcast(1.0f);
+    for (int64_t r = 0; r < count; ++r) {
+      Vec y = simd::activate(args_.act, Vec::load(values + r * kPanel));
+      if (args_.gamma) y = y * gamma;
+      if (residual) y = y + C::load(residual + r * args_.residual_row, columns);
+      C::store(c + r * args_.c_row, y, columns);
+    }
+  }
+
+  template <bool RESIDUAL>
+  void finish_plain(const float* values, Vec least, int64_t count, Out* c, const Out* residual) const {
+    const ptrdiff_t c_row = args_.c_row;
+    const ptrdiff_t residual_row = args_.residual_row;
+    const auto row = [&](int64_t r) __attribute__((always_inline)) {
+      Vec y = max(least, Vec::load(values + r * kPanel));
+      if constexpr (RESIDUAL) y = y + C::load(residual + r * residual_row);
+      C::store(c + r * c_row, y);
+    };
+    if (count == kMatrixRows) {
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kMatrixRows; ++r) row(r);
+    } else {
+      for (int64_t r = 0; r < count; ++r) row(r);
     }
   }
 
@@ -228,13 +266,11 @@ class Product {
   int64_t runs_;
   int64_t tail_bytes_;
   Block block_{};
-  alignas(64) float sums_[4 * kMatrixRows * kPanel];
+  alignas(64) float sums_[2][4 * kSums];
   alignas(64) char tails_[4][kTileBytes];
 };
 
-MNV4_INLINE __mmask32 first_values(int64_t n) {
-  return n >= kMatrixDepth ? ~__mmask32{0} : (__mmask32{1} << n) - 1;
-}
+MNV4_INLINE __mmask32 first_values(int64_t n) { return n >= kMatrixDepth ? ~__mmask32{0} : (__mmask32{1} << n) - 1; }
 
 void pack_rows(const GemmArgs& args, int64_t row_begin, int64_t row_end, void* to, int64_t pitch) {
   const auto* a = static_cast<const Bf16*>(args.a);
@@ -317,7 +353,7 @@ void product(const GemmArgs& args, int64_t row_begin, int64_t row_end, int64_t p
   }
   const bool in_place = args.segment_length % kMatrixDepth == 0;
   // a tile reads all of its rows: the last ones, if they fill none, are copied
-  const int64_t whole = in_place ? count / kMatrixRows * kMatrixRows : 0;
+  const int64_t whole = !in_place ? 0 : args.rows_behind >= kMatrixRows ? count : count / kMatrixRows * kMatrixRows;
   const auto* a = static_cast<const Bf16*>(args.a) + row_begin * args.a_row;
   const Rows rows{reinterpret_cast<const char*>(a),
                   args.a_row * static_cast<ptrdiff_t>(sizeof(Bf16)),

@@ -26,7 +26,7 @@ float peak_bf16(int64_t iterations) {
 
 }  // namespace
 
-extern const PeakKernel peak_bf16_amx = {"peak_bf16_amx", int64_t{4} * 2 * kMatrixRows * kPanel * kMatrixDepth,
+extern const PeakKernel peak_bf16_amx = {"peak_bf16_amx", int64_t{4} * 2 * kMatrixRows* kPanel* kMatrixDepth,
                                          peak_bf16};
 
 }  // namespace mnv4
