@@ -129,6 +129,7 @@ py::dict facts(const Row<Kernel>& row) {
   if constexpr (requires { row.kernel->max_rows; }) {
     found["matrix"] = row.kernel->matrix != nullptr;
     found["max_rows"] = row.kernel->max_rows;
+    found["pair_rows"] = row.kernel->pair_rows;
     found["wide_rows"] = row.kernel->wide_rows;
     found["wide_panels"] = row.kernel->wide_panels;
     found["row_stride"] = std::vector<ptrdiff_t>(row.kernel->row_stride, row.kernel->row_stride + kRowVariants);
@@ -160,7 +161,7 @@ using OptionalBuffer = std::optional<py::buffer>;
 inline void* data(const py::buffer& buffer, bool writable = false) { return buffer.request(writable).ptr; }
 inline void* data(const OptionalBuffer& buffer) { return buffer ? data(*buffer) : nullptr; }
 
-// One tile. `variant` is a RowVariant, or -1 for a wide tile of `rows` rows.
+// One tile. `variant` is a RowVariant, or -1 for a wide tile of `rows` rows; a `pair` takes two panels.
 inline void run_gemm_tile(const std::string& name, const Numbers& n, const std::vector<ptrdiff_t>& segments,
                           const std::string& act, const py::buffer& a, const py::buffer& b, const py::buffer& bias,
                           const OptionalBuffer& gamma, const OptionalBuffer& residual, const py::buffer& c,
@@ -180,6 +181,8 @@ inline void run_gemm_tile(const std::string& name, const Numbers& n, const std::
   tile.residual_row = n.at("residual_row");
   tile.c = data(c, true);
   tile.c_row = n.at("c_row");
+  tile.c_panel = n.at("c_panel");
+  tile.residual_panel = n.at("residual_panel");
   tile.columns = static_cast<int>(n.at("columns"));
   tile.act = activation(act);
   tile.first = n.at("first") != 0;
@@ -187,11 +190,12 @@ inline void run_gemm_tile(const std::string& name, const Numbers& n, const std::
   tile.partial = static_cast<float*>(data(partial, true));
   const int64_t variant = n.at("variant");
   const int64_t rows = n.at("rows");
-  if (kernel.matrix || rows < 1 || rows > (variant < 0 ? kernel.wide_rows : kernel.max_rows) ||
-      variant >= kRowVariants) {
+  const bool pair = n.at("pair") != 0;
+  const int most = variant < 0 ? kernel.wide_rows : pair ? kernel.pair_rows : kernel.max_rows;
+  if (kernel.matrix || rows < 1 || rows > most || variant >= kRowVariants) {
     throw py::value_error("no tile of " + name + " has that many rows");
   }
-  (variant < 0 ? kernel.wide : kernel.tile[variant])[rows](tile);
+  (variant < 0 ? kernel.wide : pair ? kernel.pair[variant] : kernel.tile[variant])[rows](tile);
 }
 
 // A product of rows [row_begin, row_end) and panels [panel_begin, panel_end). With `packed` the rows of all images are

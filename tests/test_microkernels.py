@@ -33,10 +33,12 @@ class Tile:
         act: str = "none",
         gamma: bool = False,
         residual: bool = False,
+        pair: bool = False,
     ) -> None:
         self.kernel, self.rows, self.variant, self.act, self.columns = kernel, rows, variant, act, columns
+        self.pair = pair
         self.input, self.output = dtype_of(kernel["input"]), dtype_of(kernel["output"])
-        self.panels = kernel["wide_panels"] if variant < 0 else 1
+        self.panels = kernel["wide_panels"] if variant < 0 else 2 if pair else 1
         self.n = (self.panels - 1) * PANEL + columns
         if variant == kernels.image_row:
             length = kernel["image_segment"]
@@ -76,6 +78,9 @@ class Tile:
             "b_panel": depth * PANEL,
             "residual_row": self.residual_row,
             "c_row": self.c_row,
+            "c_panel": PANEL,
+            "residual_panel": PANEL,
+            "pair": int(self.pair),
             "columns": self.columns,
             "first": int(first),
             "last": int(last),
@@ -154,6 +159,20 @@ def test_wide_tiles_of_few_rows(kernel: dict[str, Any]) -> None:
     for rows, columns in itertools.product(range(1, kernel["wide_rows"] + 1), (1, 7, 8, 9, 15, 16)):
         for act, epilogue in (("none", False), ("gelu", True)):
             tile = Tile(kernel, rows, -1, 2, 18, columns, act, gamma=epilogue, residual=epilogue)
+            tile.run()
+            tile.check()
+
+
+paired = [row for row in rows_of("gemm") if row.values[0]["pair_rows"]]
+
+
+@pytest.mark.parametrize("kernel", paired)
+@pytest.mark.parametrize("variant", range(len(LISTS["gemm"][0]["row_stride"])))
+def test_every_tile_of_two_panels(kernel: dict[str, Any], variant: int) -> None:
+    for rows, columns in itertools.product(range(1, kernel["pair_rows"] + 1), (3, 16)):
+        for segments, length, act in ((1, 34, "none"), (3, 4, "relu"), (5, 16, "gelu")):
+            epilogue = act != "none"
+            tile = Tile(kernel, rows, variant, segments, length, columns, act, epilogue, epilogue, pair=True)
             tile.run()
             tile.check()
 

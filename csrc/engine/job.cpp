@@ -310,7 +310,7 @@ int64_t PanelJob::packed_floats() const {
 
 // Planes that a rider takes from scratch at once: those of few pixels in groups, as long as they stay in L1.
 int64_t PanelJob::planes_at_a_time() const {
-  if (!kernel_.matrix) return 1;
+  if (!kernel_.matrix) return gemm_panels(kernel_);
   return std::clamp<int64_t>(kPixelsAtATime / spec_.x.rows, 2, 2 * spec_.x.images);
 }
 
@@ -321,7 +321,7 @@ int64_t PanelJob::scratch_floats() const {
 
 int64_t PanelJob::grain() const {
   const int64_t tiles = whole_ ? 1 : last_tile_ - first_tile_;
-  // two panels at a time
+  // a single panel takes a matrix unit almost as long as two
   if (kernel_.matrix) return std::max<int64_t>(1, 2 * spec_.x.images * tiles);
   return whole_ ? 1 : std::clamp<int64_t>(tiles, 1, 8);
 }
@@ -339,9 +339,9 @@ PanelJob::Piece PanelJob::piece(int64_t begin, int64_t end) const {
     const auto row = [&](int64_t t) { return spec_.x.rows * (first_tile_ + t) / tiles_ - first_row_; };
     return {panel, 1, image, 1, row(tile), row(last), last - tile};
   }
-  // a matrix unit has tiles for two panels
-  const int64_t panels = kernel_.matrix && image == 0 && count >= 2 * units ? 2 : 1;
-  const int64_t images = panels == 2 ? spec_.x.images : std::min(spec_.x.images - image, count / tiles);
+  const int64_t most = gemm_panels(kernel_);
+  const int64_t panels = image == 0 && count >= most * units ? most : 1;
+  const int64_t images = panels > 1 ? spec_.x.images : std::min(spec_.x.images - image, count / tiles);
   return {panel, panels, image, images, 0, rows(), panels * images * tiles};
 }
 

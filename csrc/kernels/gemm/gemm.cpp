@@ -60,7 +60,7 @@ const void* copy_rows(const GemmKernel& kernel, const GemmArgs& args, int64_t fi
 }
 
 // The largest tile of any kernel, in floats.
-constexpr int kTileFloats = 16 * kPanel;
+constexpr int kTileFloats = 24 * kPanel;
 
 // Sums of chains, and sums of those: a tree of three levels, whose error hardly grows with the length.
 class ChainSums {
@@ -144,9 +144,8 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
   const int64_t rows = row_end - row_begin;
   const int64_t k = args.segments * args.segment_length;
   const int64_t last_panel = div_up(args.n, kPanel) - 1;
-  const bool wide =
+  const bool few =
       rows <= kernel.wide_rows && args.c_panel == kPanel && (!args.residual || args.residual_panel == kPanel);
-  const int64_t tiles = div_up(rows, kernel.max_rows);
   const ptrdiff_t whole_row = 0;
   const ptrdiff_t* segment = args.segment;
 
@@ -172,7 +171,13 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
 
   int64_t panel = panel_begin;
   while (panel < panel_end) {
-    const int64_t panels = wide && panel_end - panel >= kernel.wide_panels ? kernel.wide_panels : 1;
+    const int64_t left = panel_end - panel;
+    const bool wide = few && left >= kernel.wide_panels;
+    const bool pair = !wide && kernel.pair_rows > 0 && left >= 2;
+    const int64_t panels = wide ? kernel.wide_panels : pair ? 2 : 1;
+    const int64_t tiles = div_up(rows, pair ? kernel.pair_rows : kernel.max_rows);
+    tile.c_panel = args.c_panel;
+    tile.residual_panel = args.residual_panel;
     const bool is_last = panel + panels - 1 == last_panel;
     tile.columns = is_last ? static_cast<int>(args.n - last_panel * kPanel) : kPanel;
     const void* b = advance(args.b, kernel.input, panel * args.b_panel);
@@ -187,9 +192,16 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
       tile.residual = args.residual
                           ? advance(args.residual, kernel.output, row * args.residual_row + panel * args.residual_panel)
                           : nullptr;
-      tile.ahead = args.stream && panels == 1 ? args.stream->take(b, k * kPanel * storage_bytes(kernel.input)) : 0;
-      run_tile((panels > 1 ? kernel.wide : kernel.tile[variant])[count], kernel.input, tile, args,
-               advance(a, kernel.input, first * tile.a_row), segment, b);
+      for (int64_t p = 0; p < 2; ++p) {
+        tile.ahead[p] = 0;
+        if (args.stream && !wide && p < panels) {
+          tile.ahead[p] = args.stream->take(b, k * kPanel * storage_bytes(kernel.input));
+        }
+      }
+      run_tile((pair         ? kernel.pair[variant]
+                : panels > 1 ? kernel.wide
+                             : kernel.tile[variant])[count],
+               kernel.input, tile, args, advance(a, kernel.input, first * tile.a_row), segment, b);
     }
     panel += panels;
   }

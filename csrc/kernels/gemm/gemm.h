@@ -27,21 +27,24 @@ struct GemmTile {
   int64_t segments;
   int64_t segment_length;  // every run has this many consecutive K
   const void* b;           // [K][kPanel], in bfloat16 [K / 2][kPanel][2]
-  ptrdiff_t b_panel;       // from a panel to the next; read by wide tiles only
+  ptrdiff_t b_panel;       // from a panel to the next; read by tiles of several, as are the other steps
   const float* bias;       // [panels * kPanel]
   const float* gamma;      // [panels * kPanel] or null
   const void* residual;    // or null
   ptrdiff_t residual_row;
+  ptrdiff_t residual_panel;
   void* c;
   ptrdiff_t c_row;
+  ptrdiff_t c_panel;
   int columns;  // valid columns of the (last) panel, 1 to kPanel
   Activation act;
   // A long reduction comes in chains: all but the last leave their sums in `partial`, the next ones add theirs to it.
   bool first;
   bool last;
   float* partial;  // [rows * panels * kPanel]
-  // Bytes from b to what is brought into L2 line by line while b passes by; 0 for nothing. Tiles of one panel only.
-  ptrdiff_t ahead;
+  // Bytes from b to what is brought into L2 line by line while a panel passes by; 0 for nothing. Tiles of one panel and
+  // pairs only.
+  ptrdiff_t ahead[2];
 };
 
 // Longest chain of additions: the error of a plain sum grows with its length, and chains of a thousand leave the budget
@@ -91,6 +94,9 @@ struct GemmKernel {
   GemmTileFn tile[kRowVariants][16];
   ptrdiff_t row_stride[kRowVariants];
   int64_t image_segment;  // of the tiles of kImageRow
+  // tiles of two panels, where a load for each multiply-add is more than the processor can do; 0 rows: none
+  int pair_rows;
+  GemmTileFn pair[kRowVariants][16];
   // tiles of few rows take several panels at once, to have enough independent sums
   int wide_rows;
   int wide_panels;
@@ -187,9 +193,12 @@ struct GemmArgs {
 void gemm(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begin, int64_t row_end, int64_t panel_begin,
           int64_t panel_end);
 
+// Panels that are multiplied at once where there are as many.
+inline int64_t gemm_panels(const GemmKernel& kernel) { return kernel.matrix || kernel.pair_rows ? 2 : 1; }
+
 // How often each panel of weights passes by while `rows` rows are multiplied.
 inline int64_t gemm_passes(const GemmKernel& kernel, int64_t rows) {
-  return div_up(rows, kernel.matrix ? 2 * kMatrixRows : kernel.max_rows);
+  return div_up(rows, kernel.matrix ? 2 * kMatrixRows : kernel.pair_rows ? kernel.pair_rows : kernel.max_rows);
 }
 
 // How `tasks` workers share a product: a grid of row chunks by panel chunks.

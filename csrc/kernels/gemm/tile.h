@@ -66,7 +66,12 @@ void gemm_tile(const GemmTile& t) {
   const auto* residual = static_cast<const Out*>(t.residual);
   auto* c = static_cast<Out*>(t.c);
   const ptrdiff_t b_panel = NP > 1 ? t.b_panel : 0;
-  [[maybe_unused]] const ptrdiff_t ahead = t.ahead;
+  [[maybe_unused]] const ptrdiff_t ahead[] = {t.ahead[0], t.ahead[1]};
+  // where a vector's columns begin
+  const auto column = [](int v, ptrdiff_t panel) {
+    constexpr int kPerPanel = kPanel / Vec::kWidth;
+    return NP > 1 ? (v / kPerPanel) * panel + (v % kPerPanel) * Vec::kWidth : v * Vec::kWidth;
+  };
   for (int64_t s = 0; s < t.segments; ++s) {
     const In* base[kBases];
 #pragma GCC unroll 16
@@ -84,7 +89,8 @@ void gemm_tile(const GemmTile& t) {
       }
 #pragma GCC unroll 4
       for (int p = 0; p < NP; ++p) __builtin_prefetch(b + p * b_panel + 16 * kPanel * A::kGroup);
-      if constexpr (NP == 1) __builtin_prefetch(reinterpret_cast<const char*>(b) + ahead, 0, 2);
+      if constexpr (NP <= 2) __builtin_prefetch(reinterpret_cast<const char*>(b) + ahead[0], 0, 2);
+      if constexpr (NP == 2) __builtin_prefetch(reinterpret_cast<const char*>(b) + ahead[1], 0, 2);
       b += kPanel * A::kGroup;
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) {
@@ -159,14 +165,14 @@ void gemm_tile(const GemmTile& t) {
       for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 64
         for (int v = 0; v < kVectors; ++v) {
-          acc[r][v] = acc[r][v] + C::load(residual + r * t.residual_row + v * Vec::kWidth);
+          acc[r][v] = acc[r][v] + C::load(residual + r * t.residual_row + column(v, t.residual_panel));
         }
       }
     }
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 64
-      for (int v = 0; v < kVectors; ++v) C::store(c + r * t.c_row + v * Vec::kWidth, acc[r][v]);
+      for (int v = 0; v < kVectors; ++v) C::store(c + r * t.c_row + column(v, t.c_panel), acc[r][v]);
     }
     return;
   }
@@ -177,23 +183,28 @@ void gemm_tile(const GemmTile& t) {
     if (valid <= 0) continue;
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {
-      if (residual) acc[r][v] = acc[r][v] + C::load(residual + r * t.residual_row + v * Vec::kWidth, valid);
-      C::store(c + r * t.c_row + v * Vec::kWidth, acc[r][v], valid);
+      if (residual) acc[r][v] = acc[r][v] + C::load(residual + r * t.residual_row + column(v, t.residual_panel), valid);
+      C::store(c + r * t.c_row + column(v, t.c_panel), acc[r][v], valid);
     }
   }
 }
 
-// A kernel's table: tiles of 1 to MAX rows for each compiled stride, and wide tiles of 1 to WIDE rows by NP panels.
+// A kernel's table: tiles of 1 to MAX rows for each compiled stride, wide tiles of 1 to WIDE rows by NP panels, and
+// tiles of 1 to PAIR rows by two panels.
 template <class In, class Out, RowVariant VARIANT, int... MR>
 constexpr void fill_tiles(GemmKernel& kernel, std::integer_sequence<int, MR...>) {
   ((kernel.tile[VARIANT][MR + 1] = gemm_tile<In, Out, MR + 1, 1, VARIANT>), ...);
   kernel.row_stride[VARIANT] = row_stride<In>(VARIANT);
 }
+template <class In, class Out, RowVariant VARIANT, int... MR>
+constexpr void fill_pairs(GemmKernel& kernel, std::integer_sequence<int, MR...>) {
+  ((kernel.pair[VARIANT][MR + 1] = gemm_tile<In, Out, MR + 1, 2, VARIANT>), ...);
+}
 template <class In, class Out, int NP, int... MR>
 constexpr void fill_wide(GemmTileFn* to, std::integer_sequence<int, MR...>) {
   ((to[MR + 1] = gemm_tile<In, Out, MR + 1, NP>), ...);
 }
-template <class In, class Out, int MAX, int WIDE, int NP>
+template <class In, class Out, int MAX, int WIDE, int NP, int PAIR = 0>
 constexpr GemmKernel make_gemm_kernel(const char* name) {
   GemmKernel kernel{};
   kernel.name = name;
@@ -209,6 +220,14 @@ constexpr GemmKernel make_gemm_kernel(const char* name) {
   fill_tiles<In, Out, kImageRow>(kernel, rows);
   fill_tiles<In, Out, kPlaneRow>(kernel, rows);
   fill_tiles<In, Out, kStridedPlaneRow>(kernel, rows);
+  if constexpr (PAIR > 0) {
+    const auto pair_rows = std::make_integer_sequence<int, PAIR>{};
+    kernel.pair_rows = PAIR;
+    fill_pairs<In, Out, kAnyRow>(kernel, pair_rows);
+    fill_pairs<In, Out, kImageRow>(kernel, pair_rows);
+    fill_pairs<In, Out, kPlaneRow>(kernel, pair_rows);
+    fill_pairs<In, Out, kStridedPlaneRow>(kernel, pair_rows);
+  }
   fill_wide<In, Out, NP>(kernel.wide, std::make_integer_sequence<int, WIDE>{});
   return kernel;
 }
