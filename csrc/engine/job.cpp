@@ -263,6 +263,9 @@ namespace {
 // Pixels of 16 channels that are multiplied before their rider reads them: half of an L1 and more.
 constexpr int64_t kPixelsAtATime = 512;
 
+// Maps of so few pixels cost nothing; their sums are as exact as the head's.
+constexpr int64_t kFewRows = 4;
+
 // A panel that only a mean consumes is kept as it was summed.
 Storage panel_type(const PanelJob::Spec& s) { return s.mean ? Storage::kFloat32 : s.y.type; }
 
@@ -360,6 +363,8 @@ GemmArgs PanelJob::product(const Context& context) const {
   a.b_panel = s.depth * kPanel;
   a.bias = s.bias;
   a.act = s.act;
+  // eager's products of so few rows sum in many lanes
+  if (s.x.rows <= kFewRows) a.chain = kShortChain;
   // planes are padded to whole panels, rows of a matrix are not
   const bool row_major = s.y.panel == kPanel && s.keep_y && s.y.row != kPanel;
   a.n = row_major ? s.y.columns : round_up(s.y.columns, kPanel);
