@@ -12,6 +12,7 @@ from engines import needs_engine
 from models import HYBRID, NAMES, SMALL, create, images, tensors_of
 
 import mnv4_kernels as mk
+from mnv4_kernels.ops.engine import made
 from mnv4_kernels.testing import poisoned_memory
 
 pytest.importorskip("timm")
@@ -130,8 +131,7 @@ def test_weights_that_change_in_place_are_read_anew() -> None:
 
     def arrays_of(model: Any) -> list[torch.Tensor]:
         body = model._mnv4_body("whole")
-        arrays: list[torch.Tensor] = body.fused[0]._builder().arrays
-        return arrays
+        return [made(array) for array in body.fused[0]._builder().arrays]
 
     first, second = (patched(SMALL, seed=seed) for seed in (0, 1))
     packed = pack(text, arrays_of(first), False)

@@ -29,6 +29,10 @@ struct Packing {
 
   int64_t bytes() const { return floats() * storage_bytes(type); }
 
+  int64_t panels() const { return div_up(outputs, kPanel); }
+
+  int64_t panel_floats() const { return floats() / panels(); }
+
   int64_t floats() const {
     const int64_t columns = round_up(outputs, kPanel);
     const int64_t taps = static_cast<int64_t>(kernel_h) * kernel_w;
@@ -47,12 +51,21 @@ struct Packing {
     return 0;
   }
 
-  void pack(const Array& from, void* to) const {
-    if (type == Storage::kFloat32) return pack_float32(from, static_cast<float*>(to));
-    std::vector<float> wide(static_cast<size_t>(floats()));
-    pack_float32(from, wide.data());
-    const int64_t panels = std::max<int64_t>(1, div_up(outputs, kPanel));
-    pack_pairs(wide.data(), panels, floats() / (panels * kPanel), static_cast<uint16_t*>(to));
+  void pack(const Array& from, char* to) const {
+    auto* whole = reinterpret_cast<float*>(to);
+    if (layout == Layout::kWinograd) return pack_winograd(from.data, outputs, inputs, stride, whole);
+    if (layout == Layout::kVector) {
+      std::fill_n(whole, floats(), 0.0f);
+      std::copy_n(from.data, std::min(from.size, outputs), whole);
+      return;
+    }
+    // what becomes pairs is wide for one panel at a time
+    std::vector<float> wide(static_cast<size_t>(type == Storage::kFloat32 ? 0 : panel_floats()));
+    for (int64_t panel = 0; panel < panels(); ++panel) {
+      char* at = to + panel * panel_floats() * storage_bytes(type);
+      pack_panel(from, panel, wide.empty() ? reinterpret_cast<float*>(at) : wide.data());
+      if (!wide.empty()) pack_pairs(wide.data(), 1, panel_floats() / kPanel, reinterpret_cast<uint16_t*>(at));
+    }
   }
 
   // The array that pack() was given, rounded as it is stored.
@@ -93,31 +106,16 @@ struct Packing {
     return to;
   }
 
-  void pack_float32(const Array& from, float* to) const {
-    const int taps = kernel_h * kernel_w;
-    switch (layout) {
-      case Layout::kVector:
-        std::fill_n(to, floats(), 0.0f);
-        std::copy_n(from.data, std::min(from.size, outputs), to);
-        break;
-      case Layout::kDepthwise:
-        pack_panels(from.data, outputs, taps, taps, 1, to);
-        round_to(rounded, to, floats());
-        break;
-      case Layout::kConv:
-        pack_conv(from.data, outputs, conv(), to);
-        break;
-      case Layout::kWinograd:
-        pack_winograd(from.data, outputs, inputs, stride, to);
-        break;
-      case Layout::kProduct:
-        for (int64_t first = 0; first < outputs; first += kPanel) {
-          pack_panels(from.data + first * inputs, std::min<int64_t>(kPanel, outputs - first), inputs, inputs, 1, to);
-          std::fill(to + inputs * kPanel, to + round_up(inputs, kPanel) * kPanel, 0.0f);
-          to += round_up(inputs, kPanel) * kPanel;
-        }
-        break;
-    }
+  void pack_panel(const Array& from, int64_t panel, float* to) const {
+    const int64_t taps = static_cast<int64_t>(kernel_h) * kernel_w;
+    const int64_t first = panel * kPanel;
+    const int64_t columns = std::min<int64_t>(kPanel, outputs - first);
+    const float* weight = from.data + first * inputs * taps;
+    if (layout == Layout::kConv) return pack_conv(weight, columns, conv(), to);
+    const int64_t depth = inputs * taps;
+    pack_panels(weight, columns, depth, depth, 1, to);
+    std::fill(to + depth * kPanel, to + panel_floats(), 0.0f);
+    if (layout == Layout::kDepthwise) round_to(rounded, to, panel_floats());
   }
 };
 
@@ -174,6 +172,9 @@ struct Place {
   size_t array;
   Packing packing;
   int64_t offset;
+
+  // Of the array among the program's.
+  size_t number(const Program& program) const { return static_cast<size_t>(program.nodes[node].weight) + array; }
 };
 
 std::vector<Place> places(const Program& program, Storage compute) {
@@ -196,10 +197,8 @@ std::vector<Place> places(const Program& program, Storage compute) {
 
 }  // namespace
 
-Engine::Engine(const Program& program, Storage compute, int64_t workers, const ParallelRegion& parallel)
-    : program_{program.nodes, {}}, compute_(compute) {
-  weights_ = Memory(static_cast<size_t>(packed_bytes(program, compute)));
-  pack(program, compute, weights_.data(), workers, parallel);
+Engine::Engine(std::vector<Node> nodes, Storage compute) : program_{std::move(nodes), {}}, compute_(compute) {
+  weights_ = Memory(static_cast<size_t>(packed_bytes(program_, compute)));
   find(weights_.data());
 }
 
@@ -223,16 +222,23 @@ void Engine::pack(const Program& program, Storage compute, char* to, int64_t wor
       // whoever's part of the bytes it begins in
       const int64_t worker = place.offset * workers / bytes;
       if (worker < begin || worker >= end) continue;
-      const size_t array = static_cast<size_t>(program.nodes[place.node].weight) + place.array;
-      place.packing.pack(program.arrays[array], to + place.offset);
+      place.packing.pack(program.arrays[place.number(program)], to + place.offset);
     }
   });
+}
+
+void Engine::pack(int64_t number, const Array& array) {
+  // by one thread: to wait for a second one several hundred times costs more than it saves, on a busy machine tenfold
+  for (const Place& place : places(program_, compute_)) {
+    if (place.number(program_) == static_cast<size_t>(number))
+      place.packing.pack(array, weights_.data() + place.offset);
+  }
 }
 
 std::vector<std::vector<float>> Engine::arrays() const {
   std::vector<std::vector<float>> found;
   for (const Place& place : places(program_, compute_)) {
-    const size_t array = static_cast<size_t>(program_.nodes[place.node].weight) + place.array;
+    const size_t array = place.number(program_);
     found.resize(std::max(found.size(), array + 1));
     found[array] = place.packing.unpack(packed_[place.node].arrays[place.array]);
   }

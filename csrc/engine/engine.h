@@ -21,8 +21,8 @@ using ParallelRegion = std::function<void(int64_t workers, const std::function<v
 class Engine {
  public:
   // `compute` is how activations and the products' weights are stored: float32, or bfloat16, which runs as float32 on
-  // the same rounded weights while the tier in use does not multiply it.
-  Engine(const Program& program, Storage compute, int64_t workers, const ParallelRegion& parallel);
+  // the same rounded weights while the tier in use does not multiply it. The weights are zero: pack() brings each.
+  Engine(std::vector<Node> nodes, Storage compute);
 
   // Reads weights where they lie, packed by pack() for the same nodes and `compute`: they must be there in every run.
   Engine(std::vector<Node> nodes, Storage compute, char* packed);
@@ -30,6 +30,9 @@ class Engine {
   // Bytes that pack() writes for a program of these nodes; the arrays may be missing.
   static int64_t packed_bytes(const Program& program, Storage compute);
   static void pack(const Program& program, Storage compute, char* to, int64_t workers, const ParallelRegion& parallel);
+
+  // The program's array `number`, which nobody needs to keep. Before the first run: it may not be read meanwhile.
+  void pack(int64_t number, const Array& array);
 
   // Shapes of the outputs for an input of `shape`.
   std::vector<Shape> output_shapes(const Shape& shape, int64_t workers, int64_t tag);

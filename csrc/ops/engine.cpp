@@ -1,4 +1,4 @@
-// mnv4_kernels::engine_create and engine_run: a whole network as one op.
+// mnv4_kernels::engine_create, engine_pack and engine_run: a whole network as one op.
 #include "engine/engine.h"
 
 #include <algorithm>
@@ -50,31 +50,30 @@ void parallel_region(int64_t workers, const std::function<void(int64_t, int64_t)
   torch::stable::parallel_for(0, workers, 1, body);
 }
 
-// The caller's arrays as a program borrows them; `kept` holds the contiguous ones.
-void borrow_arrays(const std::vector<Tensor>& arrays, engine::Program* program, std::vector<Tensor>* kept) {
-  for (const Tensor& array : arrays) {
-    STD_TORCH_CHECK(storage_of(array, "arrays") == Storage::kFloat32, "`arrays` must be float32");
-    kept->push_back(torch::stable::contiguous(array));
-    program->arrays.push_back({static_cast<const float*>(kept->back().const_data_ptr()), array.numel()});
-  }
+Tensor dense(const Tensor& array) {
+  STD_TORCH_CHECK(storage_of(array, "arrays") == Storage::kFloat32, "`arrays` must be float32");
+  return torch::stable::contiguous(array);
 }
 
-int64_t engine_create(Tensor program, std::vector<Tensor> arrays, bool bfloat16) {
+engine::Array borrow(const Tensor& dense) { return {static_cast<const float*>(dense.const_data_ptr()), dense.numel()}; }
+
+int64_t engine_create(Tensor program, int64_t arrays, bool bfloat16) {
   STD_TORCH_CHECK(program.dim() == 2 && program.size(1) == engine::kFields && program.is_contiguous() &&
                       program.scalar_type() == torch::headeronly::ScalarType::Long,
                   "`program` must be a contiguous int64 tensor of ", engine::kFields, " columns, got ",
                   shape_text(program));
-  engine::Program built;
-  std::vector<Tensor> kept;
-  borrow_arrays(arrays, &built, &kept);
   std::string error;
-  built.nodes = engine::decode(static_cast<const int64_t*>(program.const_data_ptr()), program.size(0),
-                               static_cast<int64_t>(arrays.size()), &error);
-  STD_TORCH_CHECK(error.empty() && !built.nodes.empty(), error.empty() ? "`program` must have nodes" : error);
+  std::vector<engine::Node> nodes =
+      engine::decode(static_cast<const int64_t*>(program.const_data_ptr()), program.size(0), arrays, &error);
+  STD_TORCH_CHECK(error.empty() && !nodes.empty(), error.empty() ? "`program` must have nodes" : error);
   // without the instruction the caller's rounded weights are multiplied in float32
   const Storage compute = bfloat16 && gemm_has_bfloat16() ? Storage::kBfloat16 : Storage::kFloat32;
-  return registry().add(
-      std::make_shared<engine::Engine>(built, compute, torch::stable::get_num_threads(), parallel_region));
+  return registry().add(std::make_shared<engine::Engine>(std::move(nodes), compute));
+}
+
+void engine_pack(int64_t handle, int64_t number, Tensor array) {
+  const Tensor kept = dense(array);
+  registry().find(handle)->pack(number, borrow(kept));
 }
 
 // The caller's tensor as the engine reads it; a view, but for low precision and many interleaved channels.
@@ -146,8 +145,10 @@ int64_t program_bytes(std::string program, bool bfloat16) {
 
 Tensor program_pack(std::string program, std::vector<Tensor> arrays, bool bfloat16) {
   engine::Program built;
-  std::vector<Tensor> kept;
-  borrow_arrays(arrays, &built, &kept);
+  for (Tensor& array : arrays) {
+    array = dense(array);
+    built.arrays.push_back(borrow(array));
+  }
   built.nodes = parse(program, static_cast<int64_t>(arrays.size()));
   const Storage compute = storage_for(bfloat16);
   const int64_t bytes = engine::Engine::packed_bytes(built, compute);
@@ -242,6 +243,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mnv4_kernels, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(mnv4_kernels, CPU, m) {
   m.impl("engine_create", TORCH_BOX(&engine_create));
+  m.impl("engine_pack", TORCH_BOX(&engine_pack));
   m.impl("engine_run", TORCH_BOX(&engine_run));
   m.impl("engine_profile", TORCH_BOX(&engine_profile));
   m.impl("program_pack", TORCH_BOX(&program_pack));

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from ..backends import native
 from ..backends.torch_internals import constant_in_graphs, suggest_memory_format, untraced
 from ..modules.program import FEATURES, RESULT
-from ..ops.engine import Engine, encode, engine_run, program_pack, program_run
+from ..ops.engine import Array, Engine, encode, engine_run, program_pack, program_run
 
 #: What weights are stored in and inputs may be.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,7 +34,7 @@ class ProgramPart(nn.Module):
     """
 
     def __init__(
-        self, program: torch.Tensor, arrays: list[torch.Tensor], bfloat16: bool, names: list[str] | None = None
+        self, program: torch.Tensor, arrays: Sequence[Array], bfloat16: bool, names: list[str] | None = None
     ) -> None:
         super().__init__()
         self.names = names or [""] * len(program)
@@ -47,7 +47,7 @@ class ProgramPart(nn.Module):
         """Folded weights and biases, float32, as they are stored."""
         return self._engine.arrays()
 
-    def _start(self, arrays: list[torch.Tensor]) -> None:
+    def _start(self, arrays: Sequence[Array]) -> None:
         if not native.available():
             raise OptimizeError("the engine needs the C++ library: " + "; ".join(native.reasons()))
         self._engine = Engine(self.program, arrays, self.in_bfloat16)

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..ops.engine.builder import Affine, Builder, Geometry, Path
+from ..ops.engine.affine import behind
+from ..ops.engine.builder import Affine, Builder, Geometry, Path, Product
 from ..ops.engine.rows import act_code, fields
+from ..ops.engine.weights import Weight
 from . import folding, leaves
 from .head import Head
-from .multi_query import MultiQuery, gamma_of, projection_of
+from .multi_query import MultiQuery, gamma_of
 from .steps import Convolution, Own, Step
 
 #: Tags of a program's outputs: a run asks for those of one tag.
@@ -60,7 +62,7 @@ class ProgramBuilder(Builder):
         conv = step.conv
         scale, shift = folding.epilogue_of(conv, step.norm, gamma_of(step.layer_scale))
         kind = {"dwconv_bn_act": "depthwise", "pwconv_bn_act": "pointwise"}.get(step.op, "conv")
-        weight = folding.scaled(conv.weight.detach().double(), scale)
+        weight = Weight(conv.weight.detach()).scaled(scale)
         return self.convolution(kind, source, weight, shift, step.act_name, _geometry(conv), residual)
 
     def _head(self, head: Head, source: int) -> int:
@@ -68,14 +70,13 @@ class ProgramBuilder(Builder):
         node = self.add("pool", source, channels=conv.in_channels)
         scale, shift = folding.epilogue_of(conv, head.expand.norm, None)
         node = self.add("linear", node, channels=conv.out_channels, act=act_code(head.expand.act_name))
-        weight = folding.scaled(conv.weight.detach().double(), scale)
-        self.arrays += [self.weight(weight), self.vector(shift, conv.out_channels)]
+        self.product(Weight(conv.weight.detach()).scaled(scale), shift)
         linear = head.classifier
         if linear is None:
             return node
         node = self.add("linear", node, channels=linear.out_features)
         bias = None if linear.bias is None else linear.bias.detach()
-        self.arrays += [self.weight(linear.weight.detach().double()), self.vector(bias, linear.out_features)]
+        self.product(Weight(linear.weight.detach()), bias)
         return node
 
     def _attention(self, step: MultiQuery, source: int, residual: int) -> int:
@@ -90,7 +91,7 @@ class ProgramBuilder(Builder):
             _product(attention.query.proj, norm),
             _path(step.path("key"), norm),
             _path(step.path("value"), norm),
-            (folding.scaled(output.weight.detach().double(), scale).flatten(1), shift),
+            (_matrix(output).scaled(scale), shift),
             attention.num_heads,
             None if down is None else _geometry(down),
             residual,
@@ -118,17 +119,21 @@ def _geometry(conv: Any) -> Geometry:
     return Geometry(conv.kernel_size, conv.stride, leaves.static_padding(conv), conv.dilation)
 
 
-def _product(conv: nn.Conv2d, norm: tuple[torch.Tensor, torch.Tensor] | None) -> Affine:
+def _matrix(conv: nn.Conv2d) -> Weight:
+    return Weight(conv.weight.detach().flatten(1))
+
+
+def _product(conv: nn.Conv2d, norm: Affine | None) -> Product:
     """A 1x1 convolution as matrix and shift, the norm before it folded in."""
-    weight, shift = projection_of(conv, norm)
-    return weight.flatten(1), shift
+    bias = None if conv.bias is None else conv.bias.detach()
+    return behind(_matrix(conv), bias, norm or (None, None))
 
 
-def _path(modules: dict[str, Any], norm: tuple[torch.Tensor, torch.Tensor] | None) -> Path:
+def _path(modules: dict[str, Any], norm: Affine | None) -> Path:
     if "down_conv" not in modules:
         return Path(None, _product(modules["proj"], norm))
     factor, offset = folding.affine_of(modules["norm"])
-    weight = folding.scaled(modules["down_conv"].weight.detach().double(), factor)
+    weight = Weight(modules["down_conv"].weight.detach()).scaled(factor)
     return Path((weight, offset), _product(modules["proj"], None))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..backends import native
-from ..ops.engine import Engine, encode, engine_run, program_pack, program_run
+from ..ops.engine import Engine, encode, engine_run, made, program_pack, program_run
 from . import leaves
 from .program import RESULT, ProgramBuilder, UnsupportedError
 from .section import Section
@@ -86,7 +86,7 @@ class Whole:
         if builder is None:
             return None
         text = encode(builder.rows)
-        packed = program_pack(text, builder.arrays, builder.bfloat16)
+        packed = program_pack(text, [made(array) for array in builder.arrays], builder.bfloat16)
         y: torch.Tensor = program_run(text, packed, x, builder.bfloat16, RESULT)[0]
         return y.to(x.dtype)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .builder import Affine
+from .builder import Affine, Product
+from .weights import Weight
 
 
 def folded(
@@ -12,32 +13,26 @@ def folded(
     scale: torch.Tensor | None,  # [K]
     shift: torch.Tensor | None,  # [K]
     gamma: torch.Tensor | None = None,  # [K]
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> Product:
     """(weight, shift), so that weight * x + shift = (scale * weight * x + shift) * gamma; float64."""
-    wide = weight.double()
     offset = None if shift is None else shift.double()
-    for factor in (scale, gamma):
-        if factor is not None:
-            wide = wide * factor.double().view(-1, *[1] * (weight.dim() - 1))
     if offset is not None and gamma is not None:
         offset = offset * gamma.double()
-    return wide, offset
+    return Weight(weight).scaled(scale).scaled(gamma), offset
 
 
 def behind(
-    weight: torch.Tensor,  # [K, C, 1, 1]
+    weight: Weight,  # [K, C]
     shift: torch.Tensor | None,  # [K]
     before: Affine,  # [C] each
-) -> Affine:
-    """(matrix [K, C], shift [K]) of a product that reads scale * x + shift of `before`; float64."""
-    matrix = weight.double().flatten(1)
+) -> Product:
+    """(weight [K, C], shift [K]) of a product that reads scale * x + shift of `before`; float64."""
+    scale, moved = before
     offset = None if shift is None else shift.double()
-    if before[1] is not None:
-        moved = matrix @ before[1].double()
-        offset = moved if offset is None else offset + moved
-    if before[0] is not None:
-        matrix = matrix * before[0].double()
-    return matrix, offset
+    if moved is not None:
+        constant = weight.wide() @ moved.double()
+        offset = constant if offset is None else offset + constant
+    return weight.behind(scale), offset
 
 
 def expect(name: str, tensor: torch.Tensor | None, *shape: int | None) -> None:

@@ -8,9 +8,12 @@ from typing import NamedTuple
 import torch
 
 from .rows import act_code, pad_mode, row
+from .weights import Array, Weight
 
-#: (scale, shift), or (weight, shift), None where there is none; float64 or float32
+#: (scale, shift), None where there is none; float64 or float32
 Affine = tuple[torch.Tensor | None, torch.Tensor | None]
+#: (weight, shift), None where there is none
+Product = tuple[Weight, torch.Tensor | None]
 
 
 class Geometry(NamedTuple):
@@ -34,8 +37,8 @@ class Geometry(NamedTuple):
 class Path(NamedTuple):
     """Keys or values: a depthwise convolution [C, 1, kh, kw] with its folded shift, or None; then a product [D, C]."""
 
-    down: Affine | None
-    project: Affine
+    down: Product | None
+    project: Product
 
 
 class Builder:
@@ -48,7 +51,7 @@ class Builder:
 
     def __init__(self, channels: int, dtype: torch.dtype) -> None:
         self.rows: list[list[int]] = []
-        self.arrays: list[torch.Tensor] = []
+        self.arrays: list[Array] = []
         self._dtype = dtype
         self.add("input", -1, channels=channels)
 
@@ -70,7 +73,7 @@ class Builder:
         self,
         kind: str,
         source: int,
-        weight: torch.Tensor,
+        weight: Weight,
         shift: torch.Tensor | None,
         act: str,
         geometry: Geometry,
@@ -83,17 +86,17 @@ class Builder:
         channels = weight.shape[0]
         columns = geometry.columns()
         node = self.add(kind, source, residual=residual, channels=channels, act=act_code(act), **columns)
-        self.arrays += [self.weight(weight), self.vector(shift, channels)]
+        self.product(weight, shift)
         return node
 
     def attention(
         self,
         source: int,
         norm: Affine | None,
-        query: Affine,
+        query: Product,
         key: Path,
         value: Path,
-        output: Affine,
+        output: Product,
         heads: int,
         geometry: Geometry | None,
         residual: int = -1,
@@ -109,41 +112,31 @@ class Builder:
             output: [K, heads * Dv] and [K].
             geometry: of both paths' depthwise convolutions.
         """
-        inputs = _present(query).shape[1]
-        outputs = _present(output).shape[0]
+        inputs = query[0].shape[1]
+        outputs = output[0].shape[0]
         columns = {} if geometry is None else geometry.columns()
-        sizes = {"key_dim": _present(key.project).shape[0], "value_dim": _present(value.project).shape[0]}
+        sizes = {"key_dim": key.project[0].shape[0], "value_dim": value.project[0].shape[0]}
         node = self.add("attention", source, residual=residual, channels=outputs, heads=heads, **sizes, **columns)
         scale, shift = (None, None) if norm is None else norm
         self.arrays += [torch.ones(inputs) if scale is None else scale.float(), self.vector(shift, inputs)]
-        self.arrays += self._product(query)
+        self.product(*query)
         for path in (key, value):
             if path.down is None:
                 self.arrays += [torch.zeros(0), torch.zeros(inputs)]
             else:
-                self.arrays += [self.weight(_present(path.down)), self.vector(path.down[1], inputs)]
-            self.arrays += self._product(path.project)
-        self.arrays += self._product(output)
+                self.product(*path.down)
+            self.product(*path.project)
+        self.product(*output)
         return node
 
-    def _product(self, affine: Affine) -> list[torch.Tensor]:
-        weight = _present(affine)
-        return [self.weight(weight), self.vector(affine[1], weight.shape[0])]
-
-    def weight(self, weight: torch.Tensor) -> torch.Tensor:
-        """As the engine reads it."""
-        return weight.to(self._dtype).float().contiguous()
+    def product(self, weight: Weight, shift: torch.Tensor | None) -> None:
+        """Appends the arrays of a product or convolution."""
+        self.arrays += [lambda: weight.rounded(self._dtype), self.vector(shift, weight.shape[0])]
 
     def vector(self, vector: torch.Tensor | None, size: int) -> torch.Tensor:
         """[size] as the engine reads it; zeros for None."""
         return torch.zeros(size) if vector is None else vector.float().contiguous()
 
-    def finish(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def finish(self) -> tuple[torch.Tensor, list[Array]]:
         """(program [nodes, fields] int64, arrays float32)."""
         return torch.tensor(self.rows, dtype=torch.int64), self.arrays
-
-
-def _present(affine: Affine) -> torch.Tensor:
-    weight = affine[0]
-    assert weight is not None
-    return weight

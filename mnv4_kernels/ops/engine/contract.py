@@ -11,13 +11,15 @@ from .._contract import LIBRARY, NAMESPACE
 from ..layout import memory_format_of
 from .programs import Program, decoded, program_of
 
-LIBRARY.define("engine_create(Tensor program, Tensor[] arrays, bool bfloat16) -> int")
+LIBRARY.define("engine_create(Tensor program, int arrays, bool bfloat16) -> int")
+LIBRARY.define("engine_pack(int handle, int number, Tensor array) -> ()")
 LIBRARY.define("engine_run(int handle, Tensor x, int tag) -> Tensor[]")
 LIBRARY.define("engine_profile(int handle, Tensor x, int tag, int repeats) -> (Tensor, Tensor, str)")
 LIBRARY.define("engine_arrays(int handle) -> Tensor[]")
 
 _ops = getattr(torch.ops, NAMESPACE)
 engine_create = _ops.engine_create.default
+engine_pack = _ops.engine_pack.default
 engine_run = _ops.engine_run.default
 engine_profile = _ops.engine_profile.default
 engine_arrays = _ops.engine_arrays.default

@@ -7,6 +7,7 @@ import torch
 from ..engine import Engine, engine_run, kept
 from ..engine.affine import behind, expect, folded
 from ..engine.builder import Builder, Geometry, Path
+from ..engine.weights import Weight
 from .reference import reference
 from .support import declined
 
@@ -49,15 +50,14 @@ def mobile_attention(
     def make() -> Engine:
         with torch.no_grad():
             builder = Builder(x.shape[1], x.dtype)
-            weight, shift = folded(output_weight, None, output_shift, gamma)
             geometry = None if key_down is None else Geometry(key_down.shape[2:], stride, padding, dilation)
             node = builder.attention(
                 0,
                 norm,
-                behind(query_weight, query_shift, norm),
+                behind(Weight(query_weight.flatten(1)), query_shift, norm),
                 _path(*keys, norm),
                 _path(*values, norm),
-                (weight.flatten(1), shift),
+                folded(output_weight.flatten(1), None, output_shift, gamma),
                 heads,
                 geometry,
                 0 if residual else -1,
@@ -81,11 +81,10 @@ def _path(
     project: torch.Tensor,
     norm: tuple[torch.Tensor | None, torch.Tensor | None],
 ) -> Path:
+    matrix = Weight(project.flatten(1))
     if down is not None:
-        return Path(folded(down, scale, shift), (project.double().flatten(1), None))
-    matrix, offset = behind(project, None, (scale, shift))
-    assert matrix is not None
-    return Path(None, behind(matrix, offset, norm))
+        return Path(folded(down, scale, shift), (matrix, None))
+    return Path(None, behind(*behind(matrix, None, (scale, shift)), norm))
 
 
 def _check(

@@ -31,8 +31,7 @@ def _run(x: torch.Tensor, tensors: list[torch.Tensor], program: str, recipe: str
 def _made(tensors: list[torch.Tensor], program: str, recipe: str) -> Engine:
     rows = torch.tensor([[int(value) for value in row.split(" ")] for row in program.split(";")])
     with torch.no_grad():
-        arrays = recipes.arrays_of(_decoded(recipe), tensors)
-    return Engine(rows, arrays, tensors[0].dtype == torch.bfloat16)
+        return Engine(rows, recipes.arrays_of(_decoded(recipe), tensors), tensors[0].dtype == torch.bfloat16)
 
 
 @functools.lru_cache(maxsize=64)

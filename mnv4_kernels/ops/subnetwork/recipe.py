@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..engine import Array, Weight
+
 
 class Fold(NamedTuple):
     """A convolution or fully connected layer, by numbers of tensors; -1: there is none."""
@@ -45,9 +47,9 @@ def decode(text: str) -> list[Fold | Mean]:
     return [Mean(*entry) if len(entry) == len(Mean._fields) else Fold(*entry) for entry in json.loads(text)]
 
 
-def arrays_of(recipe: Recipe, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def arrays_of(recipe: Recipe, tensors: Sequence[torch.Tensor]) -> list[Array]:
     """A weight and a bias for each entry: folded in float64, rounded to the weight's dtype, float32."""
-    arrays: list[torch.Tensor] = []
+    arrays: list[Array] = []
     for entry in recipe:
         if isinstance(entry, Mean):
             channels, height, width = entry
@@ -58,20 +60,20 @@ def arrays_of(recipe: Recipe, tensors: Sequence[torch.Tensor]) -> list[torch.Ten
     return arrays
 
 
-def _folded(entry: Fold, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _folded(entry: Fold, tensors: Sequence[torch.Tensor]) -> list[Array]:
     def wide(index: int, otherwise: float) -> torch.Tensor:
         return tensors[index].double() if index >= 0 else torch.full((rows,), otherwise, dtype=torch.float64)
 
     stored = tensors[entry.weight]
     rows = stored.shape[0]
     shift = wide(entry.bias, 0.0)
-    weight = stored.double()
+    weight = Weight(stored)
     if entry.mean >= 0:
         scale = wide(entry.gamma, 1.0) * torch.rsqrt(wide(entry.var, 1.0) + entry.eps)
         shift = (shift - wide(entry.mean, 0.0)) * scale + wide(entry.beta, 0.0)
-        weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+        weight = weight.scaled(scale)
     if entry.scale >= 0:
         factors = wide(entry.scale, 1.0)
         shift = shift * factors
-        weight = weight * factors.view(-1, *[1] * (weight.dim() - 1))
-    return [weight.to(stored.dtype).float().contiguous(), shift.float()]
+        weight = weight.scaled(factors)
+    return [lambda: weight.rounded(stored.dtype), shift.float()]
