@@ -1,0 +1,236 @@
+#include <algorithm>
+
+#include "engine/job.h"
+#include "kernels/pointwise/pointwise.h"
+
+namespace mnv4::engine {
+namespace {
+
+// Pixels of 16 channels that are multiplied before their rider reads them: half of an L1 and more.
+constexpr int64_t kPixelsAtATime = 512;
+
+// Maps of so few pixels cost nothing; their sums are as exact as the head's.
+constexpr int64_t kFewRows = 4;
+
+// A panel that only a mean consumes is kept as it was summed.
+Storage panel_type(const PanelJob::Spec& s) { return s.mean ? Storage::kFloat32 : s.y.type; }
+
+const GemmKernel& panel_kernel(const PanelJob::Spec& s) { return gemm_kernel(s.x.type, panel_type(s)); }
+
+int64_t panel_tiles(const PanelJob::Spec& s) { return div_up(s.x.rows, panel_kernel(s).max_rows); }
+
+int64_t panel_units(const PanelJob::Spec& s) {
+  const int64_t panels = s.x.images * div_up(s.y.columns, kPanel);
+  const int64_t tiles = panel_tiles(s);
+  return s.dw || s.mean ? panels : panels * (tiles * (s.part + 1) / s.parts - tiles * s.part / s.parts);
+}
+
+double panel_cost(const PanelJob::Spec& s) {
+  const double rate = panel_kernel(s).matrix ? 8.0 : s.x.type == Storage::kBfloat16 ? 2.0 : 1.0;
+  const double product = static_cast<double>(s.x.rows * s.x.columns * kPanel) / rate;
+  if (!s.dw && !s.mean) return product / static_cast<double>(panel_tiles(s));
+  return product + (s.dw ? s.dw->plane_cost() : 0.0);
+}
+
+}  // namespace
+
+PanelJob::PanelJob(Spec spec)
+    : Job(panel_units(spec), panel_cost(spec)),
+      kernel_(panel_kernel(spec)),
+      dwconv_(dwconv_kernel(panel_type(spec), spec.dw ? spec.dw->y.type : panel_type(spec))),
+      spec_(std::move(spec)),
+      whole_(spec_.dw || spec_.mean),
+      tiles_(panel_tiles(spec_)),
+      first_tile_(tiles_ * spec_.part / spec_.parts),
+      last_tile_(tiles_ * (spec_.part + 1) / spec_.parts),
+      first_row_(whole_ ? 0 : spec_.x.rows * first_tile_ / tiles_),
+      last_row_(whole_ ? spec_.x.rows : spec_.x.rows * last_tile_ / tiles_) {
+  const bool planes = spec_.x.row == kPanel && spec_.x.panel != kPanel;
+  const int64_t segments = planes ? spec_.depth / kPanel : 1;
+  for (int64_t s = 0; s < segments; ++s) segment_.push_back(s * spec_.x.panel);
+  packs_ = kernel_.matrix && (planes || spec_.x.columns % kMatrixDepth != 0);
+}
+
+int64_t PanelJob::packed_floats() const {
+  if (!packs_) return 0;
+  const int64_t bytes = PackedRows::values(spec_.x.images * rows(), spec_.depth) * storage_bytes(spec_.x.type);
+  return round_up(div_up(bytes, static_cast<int64_t>(sizeof(float))), kPanel);
+}
+
+// Planes that a rider takes from scratch at once: those of few pixels in groups, as long as they stay in L1.
+int64_t PanelJob::planes_at_a_time() const {
+  if (!kernel_.matrix) return gemm_panels(kernel_);
+  return std::clamp<int64_t>(kPixelsAtATime / spec_.x.rows, 2, 2 * spec_.x.images);
+}
+
+int64_t PanelJob::scratch_floats() const {
+  const int64_t planes = spec_.keep_y ? 0 : planes_at_a_time() * plane_floats();
+  return packed_floats() + planes + (spec_.dw ? spec_.dw->padded_floats() : 0);
+}
+
+int64_t PanelJob::grain() const {
+  const int64_t tiles = whole_ ? 1 : last_tile_ - first_tile_;
+  // a single panel takes a matrix unit almost as long as two
+  if (kernel_.matrix) return std::max<int64_t>(1, 2 * spec_.x.images * tiles);
+  return whole_ ? 1 : std::clamp<int64_t>(tiles, 1, 8);
+}
+
+// The largest piece that units [begin, end) begin with.
+PanelJob::Piece PanelJob::piece(int64_t begin, int64_t end) const {
+  const int64_t tiles = whole_ ? 1 : last_tile_ - first_tile_;
+  const int64_t units = spec_.x.images * tiles;
+  const int64_t panel = begin / units;
+  const int64_t image = begin % units / tiles;
+  const int64_t tile = begin % tiles;
+  const int64_t count = end - begin;
+  if (tile > 0 || count < tiles) {
+    const int64_t last = std::min(tiles, tile + count);
+    const auto row = [&](int64_t t) { return spec_.x.rows * (first_tile_ + t) / tiles_ - first_row_; };
+    return {panel, 1, image, 1, row(tile), row(last), last - tile};
+  }
+  const int64_t most = gemm_panels(kernel_);
+  const int64_t panels = image == 0 && count >= most * units ? most : 1;
+  const int64_t images = panels > 1 ? spec_.x.images : std::min(spec_.x.images - image, count / tiles);
+  return {panel, panels, image, images, 0, rows(), panels * images * tiles};
+}
+
+// A product of all images and panels; what it reads and writes begins with this job's first row.
+GemmArgs PanelJob::product(const Context& context) const {
+  const Spec& s = spec_;
+  GemmArgs a{};
+  a.a = s.x.at(context.arena, first_row_ * s.x.row);
+  a.a_row = s.x.row;
+  a.a_image = s.x.image;
+  a.image_rows = rows();
+  a.segment = segment_.data();
+  a.segments = static_cast<int64_t>(segment_.size());
+  a.segment_length = a.segments > 1 ? kPanel : s.x.panel == kPanel ? s.x.columns : s.depth;
+  a.b = s.weight;
+  a.b_panel = s.depth * kPanel;
+  a.bias = s.bias;
+  a.act = s.act;
+  // eager's products of so few rows sum in many lanes
+  if (s.x.rows <= kFewRows) a.chain = kShortChain;
+  // planes are padded to whole panels, rows of a matrix are not
+  const bool row_major = s.y.panel == kPanel && s.keep_y && s.y.row != kPanel;
+  a.n = row_major ? s.y.columns : round_up(s.y.columns, kPanel);
+  a.c_row = kPanel;
+  if (s.keep_y) {
+    a.c = s.y.at(context.arena, first_row_ * s.y.row);
+    a.c_row = s.y.row;
+    a.c_panel = s.y.panel;
+    a.c_image = s.y.image;
+  }
+  if (s.has_residual) {
+    a.residual = s.residual.at(context.arena, first_row_ * s.residual.row);
+    a.residual_row = s.residual.row;
+    a.residual_panel = s.residual.panel;
+    a.residual_image = s.residual.image;
+  }
+  return a;
+}
+
+// What rides on a piece's planes, of which rows up to row_end are there, and were up to row_begin before.
+void PanelJob::ride(const Context& context, const Piece& piece, const void* planes, int64_t row_begin, int64_t row_end,
+                    float* padded) const {
+  const Spec& s = spec_;
+  const ptrdiff_t image_step = s.keep_y ? s.y.image : plane_floats();
+  const ptrdiff_t panel_step = s.keep_y ? s.y.panel : piece.images * plane_floats();
+  for (int64_t p = 0; p < piece.panels; ++p) {
+    const int64_t panel = piece.panel + p;
+    for (int64_t i = 0; i < piece.images; ++i) {
+      const int64_t image = piece.image + i;
+      const void* plane = advance(planes, panel_type(s), p * panel_step + i * image_step);
+      if (s.dw) {
+        const int64_t width = s.dw->args.width;
+        void* y = s.dw->y.at(context.arena, image * s.dw->y.image() + panel * s.dw->y.plane());
+        s.dw->run(dwconv_, plane, y, panel, s.dw->rows_ready(row_begin / width), s.dw->rows_ready(row_end / width),
+                  padded);
+      }
+      if (s.mean) {
+        float mean[kPanel];
+        pointwise_kernels().mean_pixels(static_cast<const float*>(plane), s.x.rows, kPanel, kPanel, mean);
+        void* y = s.mean_y.at(context.arena, image * s.mean_y.image() + panel * kPanel);
+        pointwise_kernels().narrow(mean, s.mean_y.type, y, kPanel);
+      }
+    }
+  }
+}
+
+void PanelJob::run_piece(const Context& context, const Piece& piece, Worker& worker) const {
+  const Spec& s = spec_;
+  float* planes = worker.scratch + packed_floats();
+  float* padded = planes + (s.keep_y ? 0 : planes_at_a_time() * plane_floats());
+  GemmArgs a = product(context);
+  if (packs_) {
+    a.packed_pitch = PackedRows::pitch(s.x.images * rows());
+    a.a = advance(static_cast<const void*>(worker.scratch), s.x.type, piece.image * rows() * kMatrixDepth);
+  } else {
+    a.a = advance(a.a, s.x.type, piece.image * a.a_image);
+  }
+  a.b = advance(a.b, s.x.type, piece.panel * a.b_panel);
+  a.bias += piece.panel * kPanel;
+  a.n = std::min(a.n - piece.panel * kPanel, piece.panels * kPanel);
+  if (s.keep_y) {
+    a.c = advance(a.c, kernel_.output, piece.image * a.c_image + piece.panel * a.c_panel);
+  } else {
+    a.c = planes;
+    a.c_image = plane_floats();
+    a.c_panel = piece.images * plane_floats();
+  }
+  if (a.residual) {
+    a.residual = advance(a.residual, kernel_.output, piece.image * a.residual_image + piece.panel * a.residual_panel);
+  }
+  a.stream = &worker.stream;
+  const int64_t end = (piece.images - 1) * rows() + piece.row_end;
+  int64_t strip = end;
+  // a plane that outgrows L1 is read by its rider strip by strip, while it is being written
+  if (kernel_.matrix && s.dw && !s.dw->reflect && piece.images == 1 && end > kPixelsAtATime) {
+    strip = std::max<int64_t>(1, kPixelsAtATime / 2 / s.dw->args.width) * s.dw->args.width;
+  }
+  for (int64_t row = piece.row_begin; row < end; row += strip) {
+    const int64_t last = std::min(row + strip, end);
+    gemm(kernel_, a, row, last, 0, piece.panels);
+    if (whole_) ride(context, piece, a.c, strip < end ? row : 0, strip < end ? last : s.x.rows, padded);
+  }
+}
+
+void PanelJob::run(const Context& context, int64_t begin, int64_t end, Worker& worker) const {
+  if (packs_ && worker.packed != this) {
+    const GemmArgs a = product(context);
+    for (int64_t i = 0; i < spec_.x.images; ++i) {
+      GemmArgs image = a;
+      image.a = advance(a.a, spec_.x.type, i * a.a_image);
+      void* to = advance(static_cast<void*>(worker.scratch), spec_.x.type, i * rows() * kMatrixDepth);
+      kernel_.matrix->pack_rows(image, 0, rows(), to, PackedRows::pitch(spec_.x.images * rows()));
+    }
+    worker.packed = this;
+  }
+  while (begin < end) {
+    const Piece next = piece(begin, end);
+    const int64_t images = whole_ ? std::max<int64_t>(1, planes_at_a_time() / next.panels) : next.images;
+    for (Piece part = next; part.image < next.image + next.images; part.image += images) {
+      part.images = std::min(images, next.image + next.images - part.image);
+      run_piece(context, part, worker);
+    }
+    begin += next.units;
+  }
+}
+
+std::vector<Stream::Range> PanelJob::weights(int64_t begin, int64_t end) const {
+  if (begin == end) return {};
+  const int64_t units = spec_.x.images * (whole_ ? 1 : last_tile_ - first_tile_);
+  std::vector<Stream::Range> found;
+  for (int64_t p = begin / units; p <= (end - 1) / units; ++p) {
+    const void* panel = advance(spec_.weight, spec_.x.type, p * spec_.depth * kPanel);
+    found.push_back({panel, panel_bytes()});
+  }
+  return found;
+}
+
+int64_t PanelJob::passes(int64_t begin, int64_t end) const {
+  const int64_t units = whole_ ? 1 : last_tile_ - first_tile_;
+  return (end - begin) * gemm_passes(kernel_, rows()) * panel_bytes() / units;
+}
+
+}  // namespace mnv4::engine
