@@ -1,0 +1,392 @@
+// Products of bfloat16 on AMX's tiles: 16 rows by 16 columns by 32 values of K in 16 cycles, two by two tiles of sums.
+// Weights are packed as for vdpbf16ps: 32 values of K of a panel are a tile as they lie.
+//
+// Included after simd/vec_avx512.h, by files compiled for AMX.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "kernels/gemm/amx.h"
+#include "simd/activation.h"
+#include "simd/stored.h"
+
+namespace mnv4 {
+namespace {
+
+using simd::Bf16;
+using simd::Vec;
+
+constexpr ptrdiff_t kTileRow = 64;
+constexpr ptrdiff_t kTileBytes = kMatrixRows * kTileRow;
+
+// Rows that the tiles of this thread are configured for, 0 for none, and how many sessions keep them so.
+thread_local int64_t configured_rows = 0;
+thread_local int64_t sessions = 0;
+
+// Sums and left operands have `rows` rows; fewer than 16 take less time.
+void configure(int64_t rows) {
+  if (configured_rows == rows) return;
+  TileShapes shapes;
+  for (int t = 0; t < 8; ++t) {
+    shapes.row_bytes[t] = kTileRow;
+    shapes.rows[t] = static_cast<uint8_t>(t < 6 ? rows : kMatrixRows);
+  }
+  load_shapes(shapes);
+  configured_rows = rows;
+}
+
+void begin() { ++sessions; }
+void end() {
+  if (--sessions > 0) return;
+  release_tiles();
+  configured_rows = 0;
+}
+
+struct Session {
+  Session() { begin(); }
+  ~Session() { end(); }
+};
+
+// Left operands where they lie: row r, run i of segment s at data + r * row + segment[s] * 2 + i * run bytes.
+struct Rows {
+  const char* data;
+  ptrdiff_t row;
+  const ptrdiff_t* segment;
+  int64_t segments;
+  int64_t runs;  // of each segment
+  ptrdiff_t run;
+};
+
+// One block: 16 or 32 rows by 1, 2 or 4 panels.
+struct Block {
+  const Rows* a;
+  const char* a_first;
+  const char* b[4];
+  // weights of the last run where K ends within it, filled up with zeros; else null
+  const char* b_tail[4];
+  const float* bias;
+  const char* ahead[4];
+};
+
+MNV4_INLINE void fetch(const char* line) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kMatrixRows; ++i) __builtin_prefetch(line + i * kTileRow, 0, 2);
+}
+
+// Sums are tiles 0 to 3, left operands 4 and 5, weights 6 and 7.
+template <int MB, int NB>
+MNV4_INLINE void multiply_run(const char* a, ptrdiff_t a_row, const char* const* b, ptrdiff_t b_at) {
+  load_tile<6>(b[0] + b_at, kTileRow);
+  load_tile<4>(a, a_row);
+  multiply_tiles<0, 4, 6>();
+  if constexpr (MB == 2) {
+    load_tile<5>(a + kMatrixRows * a_row, a_row);
+    multiply_tiles<NB, 5, 6>();
+  }
+  if constexpr (NB >= 2) {
+    load_tile<7>(b[1] + b_at, kTileRow);
+    multiply_tiles<1, 4, 7>();
+    if constexpr (MB == 2) multiply_tiles<3, 5, 7>();
+  }
+  if constexpr (NB == 4) {
+    load_tile<6>(b[2] + b_at, kTileRow);
+    multiply_tiles<2, 4, 6>();
+    load_tile<7>(b[3] + b_at, kTileRow);
+    multiply_tiles<3, 4, 7>();
+  }
+}
+
+// Sums stay in tiles 0 to 3.
+template <int MB, int NB>
+void multiply(const Block& t) {
+  static_assert(MB * NB <= 4, "as many sums as there are tiles for them");
+  // all rows begin with the same bias
+  load_tile<0>(t.bias, 0);
+  if constexpr (NB >= 2) load_tile<1>(t.bias + kPanel, 0);
+  if constexpr (NB == 4) load_tile<2>(t.bias + 2 * kPanel, 0);
+  if constexpr (NB == 4) load_tile<3>(t.bias + 3 * kPanel, 0);
+  if constexpr (MB == 2) load_tile<NB>(t.bias, 0);
+  if constexpr (MB == 2 && NB == 2) load_tile<3>(t.bias + kPanel, 0);
+  const Rows& rows = *t.a;
+  ptrdiff_t b_at = 0;
+  for (int64_t s = 0; s < rows.segments; ++s) {
+    const char* a = t.a_first + rows.segment[s] * static_cast<ptrdiff_t>(sizeof(Bf16));
+    const int64_t runs = t.b_tail[0] ? rows.runs - 1 : rows.runs;
+    for (int64_t i = 0; i < runs; ++i, a += rows.run, b_at += kTileBytes) {
+#pragma GCC unroll 4
+      for (int p = 0; p < NB; ++p) {
+        if (t.ahead[p]) fetch(t.ahead[p] + b_at);
+      }
+      multiply_run<MB, NB>(a, rows.row, t.b, b_at);
+    }
+    if (t.b_tail[0]) multiply_run<MB, NB>(a, rows.row, t.b_tail, 0);
+  }
+}
+
+constexpr ptrdiff_t kSums = kMatrixRows * kPanel;
+
+void store_sums(int64_t tiles, float* to) {
+  store_tile<0>(to, kTileRow);
+  if (tiles >= 2) store_tile<1>(to + kSums, kTileRow);
+  if (tiles < 4) return;
+  store_tile<2>(to + 2 * kSums, kTileRow);
+  store_tile<3>(to + 3 * kSums, kTileRow);
+}
+
+template <class Out>
+class Product {
+  using C = simd::Stored<Out>;
+
+ public:
+  Product(const GemmArgs& args, const Rows& rows, int64_t row_begin) : args_(args), rows_(rows), row_begin_(row_begin) {
+    const int64_t k = args.segments * args.segment_length;
+    runs_ = k / kMatrixDepth;
+    tail_bytes_ = k % kMatrixDepth / 2 * kTileRow;
+  }
+
+  // `count` rows, the first of which is row_begin and lies at rows.data
+  void run(int64_t count, int64_t panel_begin, int64_t panel_end, bool wide) {
+    Sums last{};
+    for (int64_t panel = panel_begin; panel < panel_end;) {
+      const int64_t left = panel_end - panel;
+      const int64_t panels = wide && left >= 4 ? 4 : left >= 2 ? 2 : 1;
+      place_weights(panel, panels);
+      for (int64_t row = 0; row < count;) {
+        const int64_t blocks = panels < 4 && count - row > kMatrixRows ? 2 : 1;
+        const int64_t rows = std::min(count - row, blocks * kMatrixRows);
+        block_.a_first = rows_.data + row * rows_.row;
+        for (int64_t p = 0; p < panels; ++p) take_ahead(p);
+        multiply_block(blocks, panels);
+        // while the tiles multiply
+        finish(last);
+        last = {sums_[last.values == sums_[0]], row, rows, panel, panels};
+        store_sums(blocks * panels, last.values);
+        row += rows;
+      }
+      panel += panels;
+    }
+    finish(last);
+  }
+
+ private:
+  void place_weights(int64_t panel, int64_t panels) {
+    block_.a = &rows_;
+    block_.bias = args_.bias + panel * kPanel;
+    for (int64_t p = 0; p < panels; ++p) {
+      block_.b[p] = static_cast<const char*>(advance(args_.b, Storage::kBfloat16, (panel + p) * args_.b_panel));
+      block_.b_tail[p] = nullptr;
+      if (tail_bytes_ == 0) continue;
+      std::memcpy(tails_[p], block_.b[p] + runs_ * kTileBytes, static_cast<size_t>(tail_bytes_));
+      std::memset(tails_[p] + tail_bytes_, 0, static_cast<size_t>(kTileBytes - tail_bytes_));
+      block_.b_tail[p] = tails_[p];
+    }
+  }
+
+  void take_ahead(int64_t p) {
+    const ptrdiff_t ahead = args_.stream ? args_.stream->take(block_.b[p], runs_ * kTileBytes) : 0;
+    block_.ahead[p] = ahead ? block_.b[p] + ahead : nullptr;
+  }
+
+  void multiply_block(int64_t blocks, int64_t panels) const {
+    if (panels == 4) return multiply<1, 4>(block_);
+    if (blocks == 2) return panels == 2 ? multiply<2, 2>(block_) : multiply<2, 1>(block_);
+    panels == 2 ? multiply<1, 2>(block_) : multiply<1, 1>(block_);
+  }
+
+  // Sums of `rows` rows of `panels` panels: [rows / 16][panels][16][16].
+  struct Sums {
+    float* values;
+    int64_t row;
+    int64_t rows;
+    int64_t panel;
+    int64_t panels;
+  };
+
+  // The epilogue.
+  void finish(const Sums& sums) const {
+    for (int64_t first = 0; first < sums.rows;) {
+      // rows of one image and one tile
+      const int64_t row = row_begin_ + sums.row + first;
+      int64_t image = 0;
+      int64_t pixel = row;
+      int64_t end = std::min(sums.rows, (first / kMatrixRows + 1) * kMatrixRows);
+      if (args_.image_rows) {
+        image = row / args_.image_rows;
+        pixel = row % args_.image_rows;
+        end = std::min(end, first + args_.image_rows - pixel);
+      }
+      const float* values = sums.values + (first / kMatrixRows) * sums.panels * kSums + first % kMatrixRows * kPanel;
+      for (int64_t p = 0; p < sums.panels; ++p, values += kSums)
+        finish_rows(values, image, pixel, end - first, sums.panel + p);
+      first = end;
+    }
+  }
+
+  void finish_rows(const float* values, int64_t image, int64_t pixel, int64_t count, int64_t panel) const {
+    const auto columns = static_cast<int>(std::min<int64_t>(kPanel, args_.n - panel * kPanel));
+    auto* c = static_cast<Out*>(args_.c) + image * args_.c_image + pixel * args_.c_row + panel * args_.c_panel;
+    const Out* residual = nullptr;
+    if (args_.residual) {
+      residual = static_cast<const Out*>(args_.residual) + image * args_.residual_image + pixel * args_.residual_row +
+                 panel * args_.residual_panel;
+    }
+    if (columns == kPanel && !args_.gamma && (args_.act == Activation::kNone || args_.act == Activation::kRelu)) {
+      const Vec least = Vec::broadcast(args_.act == Activation::kRelu ? 0.0f : -__builtin_inff());
+      if (residual) return finish_plain<true>(values, least, count, c, residual);
+      return finish_plain<false>(values, least, count, c, residual);
+    }
+    const Vec gamma = args_.gamma ? Vec::load(args_.gamma + panel * kPanel) : Vec::broadcast(1.0f);
+    for (int64_t r = 0; r < count; ++r) {
+      Vec y = simd::activate(args_.act, Vec::load(values + r * kPanel));
+      if (args_.gamma) y = y * gamma;
+      if (residual) y = y + C::load(residual + r * args_.residual_row, columns);
+      C::store(c + r * args_.c_row, y, columns);
+    }
+  }
+
+  template <bool RESIDUAL>
+  void finish_plain(const float* values, Vec least, int64_t count, Out* c, const Out* residual) const {
+    const ptrdiff_t c_row = args_.c_row;
+    const ptrdiff_t residual_row = args_.residual_row;
+    const auto row = [&](int64_t r) __attribute__((always_inline)) {
+      Vec y = max(least, Vec::load(values + r * kPanel));
+      if constexpr (RESIDUAL) y = y + C::load(residual + r * residual_row);
+      C::store(c + r * c_row, y);
+    };
+    if (count == kMatrixRows) {
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kMatrixRows; ++r) row(r);
+    } else {
+      for (int64_t r = 0; r < count; ++r) row(r);
+    }
+  }
+
+  const GemmArgs& args_;
+  const Rows& rows_;
+  int64_t row_begin_;
+  int64_t runs_;
+  int64_t tail_bytes_;
+  Block block_{};
+  alignas(64) float sums_[2][4 * kSums];
+  alignas(64) char tails_[4][kTileBytes];
+};
+
+MNV4_INLINE __mmask32 first_values(int64_t n) { return n >= kMatrixDepth ? ~__mmask32{0} : (__mmask32{1} << n) - 1; }
+
+void pack_rows(const GemmArgs& args, int64_t row_begin, int64_t row_end, void* to, int64_t pitch) {
+  const auto* a = static_cast<const Bf16*>(args.a);
+  auto* packed = static_cast<Bf16*>(to);
+  int64_t k = 0;
+  // runs that two segments of 16 fill, as planes have them
+  int64_t s = 0;
+  if (args.segment_length == kPanel) {
+    for (; s + 1 < args.segments; s += 2, k += kMatrixDepth) {
+      const Bf16* low = a + args.segment[s] + row_begin * args.a_row;
+      const Bf16* high = a + args.segment[s + 1] + row_begin * args.a_row;
+      Bf16* out = packed + k * pitch;
+      for (int64_t r = row_begin; r < row_end; ++r, low += args.a_row, high += args.a_row, out += kMatrixDepth) {
+        const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(low));
+        const __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(high));
+        _mm512_storeu_si512(out, _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1));
+      }
+    }
+  }
+  for (; s < args.segments; ++s) {
+    for (int64_t i = 0; i < args.segment_length;) {
+      const int64_t at = k % kMatrixDepth;
+      const int64_t count = std::min(args.segment_length - i, kMatrixDepth - at);
+      const Bf16* in = a + args.segment[s] + i + row_begin * args.a_row;
+      Bf16* out = packed + (k - at) * pitch + at;
+      const __mmask32 mask = first_values(count);
+      // what is behind this run's last value so far is zeros
+      const __mmask32 behind = first_values(kMatrixDepth - at);
+      for (int64_t r = row_begin; r < row_end; ++r, in += args.a_row, out += kMatrixDepth) {
+        _mm512_mask_storeu_epi16(out, behind, _mm512_maskz_loadu_epi16(mask, in));
+      }
+      i += count;
+      k += count;
+    }
+  }
+}
+
+// Rows that are packed at a time where the caller has not done it: half of an L1 for a few hundred values of K.
+constexpr int64_t kRowsAtATime = 8 * kMatrixRows;
+
+char* row_buffer(int64_t values) {
+  static thread_local std::vector<char> buffer;
+  const auto bytes = static_cast<size_t>(values) * sizeof(Bf16) + kTileRow;
+  if (buffer.size() < bytes) buffer.resize(bytes);
+  const auto address = reinterpret_cast<uintptr_t>(buffer.data());
+  return buffer.data() + (kTileRow - address % kTileRow) % kTileRow;
+}
+
+constexpr ptrdiff_t kWholeRow = 0;
+
+Rows packed_rows(const char* data, int64_t pitch, int64_t k) {
+  return {data, kTileRow, &kWholeRow, 1, div_up(k, kMatrixDepth), pitch * kTileRow};
+}
+
+template <class Out>
+void pack_and_multiply(const GemmArgs& args, int64_t row_begin, int64_t row_end, int64_t panel_begin,
+                       int64_t panel_end) {
+  const int64_t k = args.segments * args.segment_length;
+  const int64_t most = std::min(row_end - row_begin, kRowsAtATime);
+  const int64_t pitch = PackedRows::pitch(most);
+  char* buffer = row_buffer(PackedRows::values(most, k));
+  const Rows rows = packed_rows(buffer, pitch, k);
+  for (int64_t row = row_begin; row < row_end; row += kRowsAtATime) {
+    const int64_t end = std::min(row + kRowsAtATime, row_end);
+    pack_rows(args, row, end, buffer, pitch);
+    Product<Out>(args, rows, row).run(end - row, panel_begin, panel_end, false);
+  }
+}
+
+template <class Out>
+void product(const GemmArgs& args, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end) {
+  const Session session;
+  const int64_t count = row_end - row_begin;
+  const int64_t k = args.segments * args.segment_length;
+  if (args.packed_pitch) {
+    configure(kMatrixRows);
+    const char* data = static_cast<const char*>(args.a) + row_begin * kTileRow;
+    const Rows rows = packed_rows(data, args.packed_pitch, k);
+    return Product<Out>(args, rows, row_begin).run(count, panel_begin, panel_end, false);
+  }
+  const bool in_place = args.segment_length % kMatrixDepth == 0;
+  // a tile reads all of its rows: the last ones, if they fill none, are copied
+  const int64_t whole = !in_place ? 0 : args.rows_behind >= kMatrixRows ? count : count / kMatrixRows * kMatrixRows;
+  const auto* a = static_cast<const Bf16*>(args.a) + row_begin * args.a_row;
+  const Rows rows{reinterpret_cast<const char*>(a),
+                  args.a_row * static_cast<ptrdiff_t>(sizeof(Bf16)),
+                  args.segment,
+                  args.segments,
+                  args.segment_length / kMatrixDepth,
+                  kTileRow};
+  if (in_place && count < kMatrixRows) {
+    // few rows, whose time is that of reading the weights
+    configure(count);
+    return Product<Out>(args, rows, row_begin).run(count, panel_begin, panel_end, args.c_panel == kPanel);
+  }
+  configure(kMatrixRows);
+  if (whole) Product<Out>(args, rows, row_begin).run(whole, panel_begin, panel_end, false);
+  if (whole < count) pack_and_multiply<Out>(args, row_begin + whole, row_end, panel_begin, panel_end);
+}
+
+template <class Out>
+constexpr MatrixUnit kUnit{product<Out>, pack_rows, begin, end};
+
+template <class Out>
+constexpr GemmKernel make_matrix_kernel(const char* name) {
+  GemmKernel kernel{};
+  kernel.name = name;
+  kernel.input = Storage::kBfloat16;
+  kernel.output = simd::Stored<Out>::kStorage;
+  kernel.matrix = &kUnit<Out>;
+  kernel.max_rows = kMatrixRows;
+  kernel.wide_panels = 4;
+  return kernel;
+}
+
+}  // namespace
+}  // namespace mnv4
