@@ -27,6 +27,8 @@ Matrix Matrix::row_major(Storage type, int64_t images, int64_t rows, int64_t col
 
 int64_t Depthwise::rows_ready(int64_t rows) const {
   if (rows >= args.height) return args.out_height;
+  // those of padding alone count with the first ones that read something
+  if (rows == 0) return 0;
   const int64_t last = rows - 1 - static_cast<int64_t>(args.kernel_h - 1) * args.dilation_h + args.pad_top;
   return last < 0 ? 0 : std::min(last / args.stride_h + 1, args.out_height);
 }

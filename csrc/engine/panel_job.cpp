@@ -9,9 +9,6 @@ namespace {
 // Pixels of 16 channels that are multiplied before their rider reads them: half of an L1 and more.
 constexpr int64_t kPixelsAtATime = 512;
 
-// Maps of so few pixels cost nothing; their sums are as exact as the head's.
-constexpr int64_t kFewRows = 4;
-
 // A panel that only a mean consumes is kept as it was summed.
 Storage panel_type(const PanelJob::Spec& s) { return s.mean ? Storage::kFloat32 : s.y.type; }
 
@@ -60,7 +57,7 @@ int64_t PanelJob::packed_floats() const {
 // Planes that a rider takes from scratch at once: those of few pixels in groups, as long as they stay in L1.
 int64_t PanelJob::planes_at_a_time() const {
   if (!kernel_.matrix) return gemm_panels(kernel_);
-  return std::clamp<int64_t>(kPixelsAtATime / spec_.x.rows, 2, 2 * spec_.x.images);
+  return std::clamp<int64_t>(kPixelsAtATime / spec_.x.rows, 2, 2 * std::max<int64_t>(1, spec_.x.images));
 }
 
 int64_t PanelJob::scratch_floats() const {
@@ -109,8 +106,7 @@ GemmArgs PanelJob::product(const Context& context) const {
   a.b_panel = s.depth * kPanel;
   a.bias = s.bias;
   a.act = s.act;
-  // eager's products of so few rows sum in many lanes
-  if (s.x.rows <= kFewRows) a.chain = kShortChain;
+  a.chain = gemm_chain(s.x.rows);
   // planes are padded to whole panels, rows of a matrix are not
   const bool row_major = s.y.panel == kPanel && s.keep_y && s.y.row != kPanel;
   a.n = row_major ? s.y.columns : round_up(s.y.columns, kPanel);
@@ -229,6 +225,8 @@ std::vector<Stream::Range> PanelJob::weights(int64_t begin, int64_t end) const {
 }
 
 int64_t PanelJob::passes(int64_t begin, int64_t end) const {
+  // more workers than tiles
+  if (begin == end) return 0;
   const int64_t units = whole_ ? 1 : last_tile_ - first_tile_;
   return (end - begin) * gemm_passes(kernel_, rows()) * panel_bytes() / units;
 }

@@ -47,6 +47,7 @@ Tensor pwconv_bn_act(Tensor x, Tensor weight, OptionalTensor scale, OptionalTens
   args.c_panel = kPanel;
   args.n = outputs;
   args.act = activation_of(act);
+  args.chain = gemm_chain(in.pixels());
 
   const GemmKernel& kernel = gemm_kernel();
   const int64_t rows = in.batch * in.pixels();

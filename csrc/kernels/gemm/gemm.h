@@ -53,6 +53,9 @@ inline constexpr int64_t kChain = 256;
 // For the head: eager's products of few rows sum in many lanes, which is more exact still. Memory, not arithmetic,
 // bounds these products, so short chains are free.
 inline constexpr int64_t kShortChain = 16;
+// Of a map of so few pixels, too, eager sums in many lanes on some processors, and its products cost nothing.
+inline constexpr int64_t kFewPixels = 16;
+inline int64_t gemm_chain(int64_t pixels) { return pixels <= kFewPixels ? kShortChain : kChain; }
 
 using GemmTileFn = void (*)(const GemmTile&);
 
