@@ -49,10 +49,12 @@ def test_a_program_computes_what_it_means(
 
 
 @bounded
-@given(program=programs(), batch=st.integers(1, 5), threads=st.integers(2, 5))
-def test_a_programs_bits_depend_on_neither_threads_nor_batch(program: RandomProgram, batch: int, threads: int) -> None:
+@given(program=programs(), batch=st.integers(1, 5), threads=st.integers(2, 5), bfloat16=st.booleans())
+def test_a_programs_bits_depend_on_neither_threads_nor_batch(
+    program: RandomProgram, batch: int, threads: int, bfloat16: bool
+) -> None:
     x = images(batch, *program.shapes[0])
-    engine = Engine(*program.tensors())
+    engine = Engine(*program.tensors(), bfloat16)
     torch.set_num_threads(threads)
     whole = engine_run(engine.handle, x, 0)
     torch.set_num_threads(1)
