@@ -62,35 +62,40 @@ const void* copy_rows(const GemmKernel& kernel, const GemmArgs& args, int64_t fi
 // The largest tile of any kernel, in floats.
 constexpr int kTileFloats = 24 * kPanel;
 
-// Sums of chains, and sums of those: a tree of three levels, whose error hardly grows with the length.
+// Sums of chains, and sums of those: a tree of three levels, whose error hardly grows with the length. The last level
+// is float64, for its additions are of the size of the result: some processors' eager is that exact.
 class ChainSums {
  public:
-  explicit ChainSums(GemmTile& tile) : tile_(tile) {
+  // `values` of the tile; `group`: chains of a sum of the second level.
+  ChainSums(GemmTile& tile, int64_t values, int group) : tile_(tile), values_(values), group_(group) {
     tile.partial = partial_;
     tile.first = true;
   }
   // Between two chains; `last` tells whether the coming one ends the reduction.
   void next(bool last) {
     tile_.first = false;
-    if (++chains_ % kGroup == 0) {
-      for (int i = 0; i < kTileFloats; ++i) {
-        total_[i] = grouped_ ? total_[i] + partial_[i] : partial_[i];
+    if (++chains_ % group_ == 0) {
+      for (int64_t i = 0; i < values_; ++i) {
+        total_[i] = (grouped_ ? total_[i] : 0.0) + static_cast<double>(partial_[i]);
         partial_[i] = 0.0f;
       }
       grouped_ = true;
     }
     if (last && grouped_) {
-      for (int i = 0; i < kTileFloats; ++i) partial_[i] += total_[i];
+      for (int64_t i = 0; i < values_; ++i) {
+        partial_[i] = static_cast<float>(static_cast<double>(partial_[i]) + total_[i]);
+      }
     }
   }
 
  private:
-  static constexpr int kGroup = 8;
   GemmTile& tile_;
+  const int64_t values_;
+  const int group_;
   int chains_ = 0;
   bool grouped_ = false;
   alignas(64) float partial_[kTileFloats] = {};
-  alignas(64) float total_[kTileFloats];
+  alignas(64) double total_[kTileFloats];
 };
 
 // Two even chains up to twice the longest: eager's product of 256 by two threads is two sums of 128, whose largest
@@ -102,14 +107,15 @@ int64_t chain_length(Storage input, const GemmArgs& args) {
 }
 
 // One tile's whole reduction, in chains: parts of a long segment, or several short ones.
-void run_chains(GemmTileFn fn, Storage input, GemmTile& tile, const GemmArgs& args, int64_t chain, const void* a,
-                const ptrdiff_t* segment, const void* b) {
+void run_chains(GemmTileFn fn, Storage input, GemmTile& tile, const GemmArgs& args, int64_t values, int64_t chain,
+                const void* a, const ptrdiff_t* segment, const void* b) {
   const int64_t length = args.segment_length;
   const bool long_segments = length >= chain;
   const int64_t pieces = long_segments ? div_up(length, chain) : 1;
   const int64_t run = long_segments ? 1 : chain / length;
   const int64_t chains = div_up(args.segments, run) * pieces;
-  ChainSums sums(tile);
+  // short ones are there to be exact, and few rows cost nothing
+  ChainSums sums(tile, values, chain <= kShortChain ? 1 : 8);
   for (int64_t i = 0; i < chains; ++i) {
     tile.last = i + 1 == chains;
     if (i > 0) sums.next(tile.last);
@@ -125,10 +131,11 @@ void run_chains(GemmTileFn fn, Storage input, GemmTile& tile, const GemmArgs& ar
   }
 }
 
-void run_tile(GemmTileFn fn, Storage input, GemmTile& tile, const GemmArgs& args, const void* a,
+void run_tile(GemmTileFn fn, Storage input, GemmTile& tile, const GemmArgs& args, int64_t values, const void* a,
               const ptrdiff_t* segment, const void* b) {
   const int64_t chain = chain_length(input, args);
-  if (args.segments * args.segment_length > chain) return run_chains(fn, input, tile, args, chain, a, segment, b);
+  if (args.segments * args.segment_length > chain)
+    return run_chains(fn, input, tile, args, values, chain, a, segment, b);
   tile.a = a;
   tile.b = b;
   tile.segment = segment;
@@ -201,7 +208,8 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
       run_tile((pair         ? kernel.pair[variant]
                 : panels > 1 ? kernel.wide
                              : kernel.tile[variant])[count],
-               kernel.input, tile, args, advance(a, kernel.input, first * tile.a_row), segment, b);
+               kernel.input, tile, args, count * panels * kPanel, advance(a, kernel.input, first * tile.a_row), segment,
+               b);
     }
     panel += panels;
   }

@@ -73,12 +73,19 @@ void narrow_triples(const float* x, ptrdiff_t x_plane, uint16_t* y, int64_t n) {
   }
 }
 
+// Sums of a few pixels, and sums of those: one sum over all would be the head's largest error.
 void mean_pixels(const float* x, int64_t pixels, ptrdiff_t x_pixel, int64_t channels, float* y) {
   const Vec count = Vec::broadcast(static_cast<float>(pixels));
   for (int64_t c = 0; c < channels; c += Vec::kWidth) {
     const int valid = static_cast<int>(channels - c < Vec::kWidth ? channels - c : Vec::kWidth);
+    constexpr int64_t kRun = 8;
     Vec sum = Vec::zero();
-    for (int64_t p = 0; p < pixels; ++p) sum = sum + Vec::load(x + p * x_pixel + c, valid);
+    for (int64_t first = 0; first < pixels; first += kRun) {
+      const int64_t end = first + kRun < pixels ? first + kRun : pixels;
+      Vec part = Vec::zero();
+      for (int64_t p = first; p < end; ++p) part = part + Vec::load(x + p * x_pixel + c, valid);
+      sum = sum + part;
+    }
     (sum / count).store(y + c, valid);
   }
 }
