@@ -1,4 +1,4 @@
-// Processors with AMX do half as many vdpbf16ps a cycle as float32 multiply-adds, of pairs that is no more than singly.
+// Processors with AMX do a quarter as many vdpbf16ps a cycle as float32 multiply-adds: in pairs it takes twice as long.
 #include "simd/vec_avx512.h"
 
 #include "kernels/dwconv/tile.h"
