@@ -16,6 +16,9 @@ namespace {
 // Workers may wait this part of a fused step for the one with a panel more.
 constexpr double kFusionImbalance = 0.06;
 
+// Rows of a map for each worker from which it pays to read the neighbours' at its edges.
+constexpr int64_t kLeastBand = 4;
+
 // One node alone, or a pointwise node and what runs on its panels, or a dense convolution and the readers of its rows.
 struct Group {
   int64_t head = 0;
@@ -111,6 +114,15 @@ class Planner {
     return rounds / static_cast<double>(units) <= 1.0 + kFusionImbalance;
   }
 
+  // Whether each worker keeps the same rows of a product's map and of the depthwise behind it, instead of panels. What
+  // stays unrounded for its rider is too large to leave L1.
+  bool in_bands(int64_t id) const {
+    const Shape& in = layout_.shape(node(id).input);
+    const int64_t rows = std::min(chunk_[static_cast<size_t>(id)], images_) * in.height * in.width;
+    return plan_.workers_ > 1 && compute_ == Storage::kFloat32 && in.height >= plan_.workers_ * kLeastBand &&
+           by_rows(rows, in.channels, layout_.shape(id).channels, plan_.workers_);
+  }
+
   void group_nodes() {
     if (layout_.input_needs_planes()) groups_.push_back(Group{});
     std::string alone;  // why the coming node does not ride on the one before
@@ -130,7 +142,9 @@ class Planner {
         // a mean rides only on a result that nobody else reads
         const bool kept = next == Kind::kPool && !is_transient({i, i + 1});
         const int64_t panels = chunk(group) * div_up(layout_.shape(i).channels, kPanel);
-        if (rides && !kept && balanced(panels)) {
+        if (next == Kind::kDepthwise && in_bands(i)) {
+          alone = "alone: each worker keeps its rows of the map";
+        } else if (rides && !kept && balanced(panels)) {
           group.rider = ++i;
           group.reason = "the rider reads each panel before it leaves the cache";
         } else if (rides) {
@@ -240,14 +254,12 @@ class Planner {
     return dw;
   }
 
-  // A product without a rider. Workers share the larger of its operands and each read the whole of the other: rows of
-  // the map, which stay with the worker who reads them next, or panels of weights.
+  // A product without a rider; tells whether its rows were shared.
   bool add_product(PanelJob::Spec spec) {
-    const int64_t panels = div_up(spec.y.columns, kPanel);
-    const bool by_rows = spec.x.images * spec.x.rows > panels * kPanel;
-    spec.parts = by_rows ? plan_.workers_ : 1;
+    const bool shared = by_rows(spec.x.images * spec.x.rows, spec.depth, spec.y.columns, plan_.workers_);
+    spec.parts = shared ? plan_.workers_ : 1;
     for (; spec.part < spec.parts; ++spec.part) add(std::make_unique<PanelJob>(spec));
-    return by_rows;
+    return shared;
   }
 
   void add_product(const Matrix& x, const Matrix& y, const void* weight, const float* bias) {

@@ -11,6 +11,9 @@ namespace {
 constexpr double kLead = 64 << 10;
 constexpr double kFetchRate = 0.5;
 
+// What another core's part of a map costs beside as many weights, which are fetched ahead.
+constexpr double kFarMap = 3.3;
+
 void fetch_ahead_of(std::vector<Step>& steps, size_t worker) {
   struct Use {
     Stream::Range range;
@@ -57,6 +60,11 @@ void fetch_ahead_of(std::vector<Step>& steps, size_t worker) {
 }
 
 }  // namespace
+
+bool by_rows(int64_t rows, int64_t depth, int64_t columns, int64_t workers) {
+  const auto maps = static_cast<double>(rows * depth + rows * columns / workers);
+  return kFarMap * maps > static_cast<double>(depth * columns);
+}
 
 void share(std::vector<Step>& steps, int64_t workers) {
   for (Step& step : steps) {

@@ -22,6 +22,10 @@ struct Step {
   std::vector<Ahead> ahead;
 };
 
+// Whether workers share the rows of a product, and each reads all weights, or its panels, and each reads what the
+// others wrote of the map and, by and by, of the result.
+bool by_rows(int64_t rows, int64_t depth, int64_t columns, int64_t workers);
+
 // Each worker's share of a step is a contiguous run of its jobs' units, of equal cost.
 void share(std::vector<Step>& steps, int64_t workers);
 
