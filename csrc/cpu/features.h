@@ -16,10 +16,10 @@ std::vector<Tier> compiled_tiers();
 // Best compiled tier that this machine can run.
 Tier detected_tier();
 
-// The tier in use: the detected one, lowered by the cap.
+// The tier in use: the detected one, lowered by the cap. Without a cap that somebody set, the fastest one.
 Tier active_tier();
 
-// Lowers the tier in use, for tests and for MNV4_KERNELS_TIER; a cap above the detected tier changes nothing.
+// Limits the tier in use, for tests and as MNV4_KERNELS_TIER does; a cap above the detected tier changes nothing.
 void set_tier_cap(Tier cap);
 void clear_tier_cap();
 

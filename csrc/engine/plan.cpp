@@ -114,12 +114,14 @@ class Planner {
     return rounds / static_cast<double>(units) <= 1.0 + kFusionImbalance;
   }
 
-  // Whether each worker keeps the same rows of a product's map and of the depthwise behind it, instead of panels. What
-  // stays unrounded for its rider is too large to leave L1.
+  // Whether each worker keeps the same rows of a product's map and of the depthwise behind it, instead of panels: only
+  // where cores compute fast beside what another core's map takes. In bfloat16 what stays unrounded for its rider is
+  // too large to leave L1.
   bool in_bands(int64_t id) const {
     const Shape& in = layout_.shape(node(id).input);
     const int64_t rows = std::min(chunk_[static_cast<size_t>(id)], images_) * in.height * in.width;
-    return plan_.workers_ > 1 && compute_ == Storage::kFloat32 && in.height >= plan_.workers_ * kLeastBand &&
+    return gemm_has_matrix_unit() && compute_ == Storage::kFloat32 && plan_.workers_ > 1 &&
+           in.height >= plan_.workers_ * kLeastBand &&
            by_rows(rows, in.channels, layout_.shape(id).channels, plan_.workers_);
   }
 
