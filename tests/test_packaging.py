@@ -198,7 +198,9 @@ class TestWithoutParts:
             "import time, torch\nstart = time.process_time()\nimport mnv4_kernels\nprint(time.process_time() - start)\n"
         )
         folder = Path(mnv4_kernels.__file__).parent.parent
-        assert min(float(run_python(code, folder).stdout) for _ in range(5)) < 0.05
+        # an installed package has its bytecode; a checkout gets it in the first turn
+        turns = [run_python(code, folder, PYTHONDONTWRITEBYTECODE="") for _ in range(5)]
+        assert min(float(turn.stdout) for turn in turns) < 0.05
 
 
 def test_the_installed_version_is_the_projects() -> None:
