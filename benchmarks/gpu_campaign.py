@@ -46,6 +46,8 @@ GRACE = 10.0
 
 #: why a worker was ended that a longer call would have let go on
 CUT = "the call's time was up"
+#: minutes of a call
+CALL = 9.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Stage:
     """One part of the campaign."""
 
     name: str
-    #: share of a call that it may take, in minutes; what a stage leaves over is the next one's
+    #: share of a call that it may take, in minutes, and more of a longer one; what it leaves over is the next one's
     minutes: float
     #: a row that takes longer than this is given up, in seconds
     row_limit: float = 60.0
@@ -154,7 +156,7 @@ def supervise(stage: Stage, arguments: argparse.Namespace, deadline: float) -> s
             env=environment(arguments),
             start_new_session=True,
         )
-        reason = watch(worker, path, min(arguments.row_limit or stage.row_limit, stage.row_limit), deadline)
+        reason = watch(worker, path, arguments.row_limit or stage.row_limit, deadline)
         if not reason:
             return "out of time" if worker.returncode == LATE else "done"
         if reason == CUT:
@@ -230,7 +232,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", type=int, default=[256, 1])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--size", type=int, help="of the images; timm's own for each model by default")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for this call")
+    parser.add_argument("--minutes", type=float, default=CALL, help="for this call")
     parser.add_argument("--row-limit", type=float, help="seconds after which a row is given up")
     parser.add_argument("--rows", type=int, help="new rows of each stage, at most")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, by the references, with a made-up clock")
@@ -262,7 +264,7 @@ def main() -> int:
     failed = False
     for stage in (stage for stage in STAGES if stage.name in arguments.stages):
         begin = time.monotonic()
-        deadline = min(end, begin + 60 * stage.minutes + spare)
+        deadline = min(end, begin + 60 * stage.minutes * max(1.0, arguments.minutes / CALL) + spare)
         outcome = supervise(stage, arguments, deadline)
         took = time.monotonic() - begin
         spare = max(0.0, deadline - time.monotonic())

@@ -229,7 +229,8 @@ def test_what_the_campaign_gives_pytest_selects_the_tests_that_are_meant() -> No
 def _dry_run(out: Path, *more: str) -> Any:
     script = str(ROOT / "benchmarks" / "gpu_campaign.py")
     command = [sys.executable, script, "--dry-run", "--out", str(out), "--models", "conv_small_035", "--size", "32"]
-    command += ["--batches", "2", "--minutes", "8", *more]
+    # far more than it takes, for what a slow machine leaves out would fail
+    command += ["--batches", "2", "--minutes", "30", "--row-limit", "600", *more]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return json.loads((out / "campaign.json").read_text())
