@@ -25,6 +25,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+#: The only sources that include torch.
+OPS = CSRC / "ops"
 OPS_LIBRARY = "libmnv4_kernels_ops.so"
 OPS_SOURCES = ("cpu/*.cpp", "kernels/**/*.cpp", "engine/**/*.cpp", "ops/*.cpp")
 
@@ -105,14 +107,15 @@ def write_ninja_file(build_dir: Path, module_name: str) -> None:
     sanitizers = os.environ.get("MNV4_KERNELS_SANITIZE", "")
     # the unrolled tiles take minutes a file at -O3 once every access is checked, seconds at -O1
     sanitize = [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-O1", "-g1"] if sanitizers else []
-    includes = [f"-I{CSRC}", f"-isystem {torch_root / 'include'}"]
+    # an isolated build has its own torch and Python headers: only who includes them is compiled anew
+    torch_flags = [f"-isystem {torch_root / 'include'}", TORCH_TARGET]
     python_headers = [pybind11.get_include(), sysconfig.get_paths()["include"]]
     binding_flags = ["-fvisibility=hidden", *(f"-isystem {path}" for path in python_headers)]
 
     lines = [
         "ninja_required_version = 1.5",
         f"cxx = {find_compiler()}",
-        f"flags = {' '.join([*COMMON_FLAGS, *sanitize, *includes, TORCH_TARGET])}",
+        f"flags = {' '.join([*COMMON_FLAGS, *sanitize, f'-I{CSRC}'])}",
         f"ldflags = {' '.join(['-shared', *sanitize])}",
         "rule compile",
         "  command = $cxx -MMD -MF $out.d $flags $tier -c $in -o $out",
@@ -125,7 +128,7 @@ def write_ninja_file(build_dir: Path, module_name: str) -> None:
     ]
     objects = []
     for source, flags in ops_sources(platform.machine()):
-        objects.append(_compile(lines, source, flags))
+        objects.append(_compile(lines, source, [*flags, *(torch_flags if source.parent == OPS else [])]))
     library = f"lib/{OPS_LIBRARY}"
     exports = CSRC / "exports.map"
     lines += [

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the C++ library with AddressSanitizer and UndefinedBehaviorSanitizer in a copy of the
-# sources, and runs the microkernels' and products' tests, every op and whole networks on it. The Python that is
+# sources, and runs the microkernels' tests, every op and whole networks on it. The Python that is
 # active needs what `pip install --no-build-isolation -e ".[test]"` needs. Usage: tests/sanitized.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -23,5 +23,5 @@ export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:detect_stack_use_after_retur
 export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 export PYTHONPATH=$work PYTHONMALLOC=malloc OMP_NUM_THREADS=2
 
-LD_PRELOAD=$runtime python -m pytest -q -p no:cacheprovider tests/test_microkernels.py tests/test_products.py
+LD_PRELOAD=$runtime python -m pytest -q -p no:cacheprovider tests/test_microkernels.py
 LD_PRELOAD=$runtime python tests/sanitized.py
