@@ -16,9 +16,6 @@ namespace {
 // Workers may wait this part of a fused step for the one with a panel more.
 constexpr double kFusionImbalance = 0.06;
 
-// Rows of a map for each worker from which it pays to read the neighbours' at its edges.
-constexpr int64_t kLeastBand = 4;
-
 // One node alone, or a pointwise node and what runs on its panels, or a dense convolution and the readers of its rows.
 struct Group {
   int64_t head = 0;
@@ -114,15 +111,12 @@ class Planner {
     return rounds / static_cast<double>(units) <= 1.0 + kFusionImbalance;
   }
 
-  // Whether each worker keeps the same rows of a product's map and of the depthwise behind it, instead of panels: only
-  // where cores compute fast beside what another core's map takes. In bfloat16 what stays unrounded for its rider is
-  // too large to leave L1.
+  // In bfloat16 what stays unrounded for its rider is too large to leave L1.
   bool in_bands(int64_t id) const {
     const Shape& in = layout_.shape(node(id).input);
-    const int64_t rows = std::min(chunk_[static_cast<size_t>(id)], images_) * in.height * in.width;
-    return gemm_has_matrix_unit() && compute_ == Storage::kFloat32 && plan_.workers_ > 1 &&
-           in.height >= plan_.workers_ * kLeastBand &&
-           by_rows(rows, in.channels, layout_.shape(id).channels, plan_.workers_);
+    const int64_t images = std::min(chunk_[static_cast<size_t>(id)], images_);
+    return compute_ == Storage::kFloat32 &&
+           keeps_rows(images, in.height, in.width, in.channels, layout_.shape(id).channels, plan_.workers_);
   }
 
   void group_nodes() {

@@ -15,6 +15,9 @@ constexpr double kFetchRate = 0.5;
 // multiply-adds of 512 bits a cycle, as those with a matrix unit do. For others the larger operand decides.
 constexpr double kFarMap = 3.3;
 
+// Rows of a map for each worker from which it pays to read the neighbours' at its edges.
+constexpr int64_t kLeastBand = 4;
+
 void fetch_ahead_of(std::vector<Step>& steps, size_t worker) {
   struct Use {
     Stream::Range range;
@@ -66,6 +69,11 @@ bool by_rows(int64_t rows, int64_t depth, int64_t columns, int64_t workers) {
   if (!gemm_has_matrix_unit()) return rows > columns;
   const auto maps = static_cast<double>(rows * depth + rows * columns / workers);
   return kFarMap * maps > static_cast<double>(depth * columns);
+}
+
+bool keeps_rows(int64_t images, int64_t height, int64_t width, int64_t depth, int64_t columns, int64_t workers) {
+  return gemm_has_matrix_unit() && workers > 1 && height >= workers * kLeastBand &&
+         by_rows(images * height * width, depth, columns, workers);
 }
 
 void share(std::vector<Step>& steps, int64_t workers) {

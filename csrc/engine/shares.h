@@ -26,6 +26,10 @@ struct Step {
 // others wrote of the map and, by and by, of the result.
 bool by_rows(int64_t rows, int64_t depth, int64_t columns, int64_t workers);
 
+// Whether each worker keeps the same rows of a product's map and of the depthwise behind it, instead of panels: only
+// where cores compute fast beside what another core's map takes.
+bool keeps_rows(int64_t images, int64_t height, int64_t width, int64_t depth, int64_t columns, int64_t workers);
+
 // Each worker's share of a step is a contiguous run of its jobs' units, of equal cost.
 void share(std::vector<Step>& steps, int64_t workers);
 
