@@ -28,7 +28,7 @@ bool amx_permitted() {
 }
 
 // Intel's cores with AMX, which AVX512-FP16 tells even where a hypervisor hides AMX, do a vdpbf16ps in two cycles: half
-// of the rate of float32's multiply-adds.
+// of the rate of float32's multiply-adds, as measured on an Emerald Rapids.
 bool bf16_is_slow() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (!__builtin_cpu_is("intel") || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
