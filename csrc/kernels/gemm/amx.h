@@ -23,9 +23,14 @@ struct alignas(64) TileShapes {
 inline void load_shapes(const TileShapes& shapes) { asm volatile("ldtilecfg %0" ::"m"(shapes) : "memory"); }
 inline void release_tiles() { asm volatile("tilerelease" ::: "memory"); }
 
-template <int T>
+// With ONCE L1 keeps its lines for what will be read again.
+template <int T, bool ONCE = false>
 inline void load_tile(const void* from, ptrdiff_t row_bytes) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(row_bytes), "i"(T) : "memory");
+  if constexpr (ONCE) {
+    asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(row_bytes), "i"(T) : "memory");
+  } else {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(row_bytes), "i"(T) : "memory");
+  }
 }
 
 template <int T>

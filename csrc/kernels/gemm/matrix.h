@@ -58,6 +58,9 @@ struct Rows {
   ptrdiff_t run;
 };
 
+// Which of the operands passes L1 by, so that it keeps the other one for the next block.
+enum class Passing { kRows, kWeights, kBoth };
+
 // One block: 16 or 32 rows by 1, 2 or 4 panels.
 struct Block {
   const Rows* a;
@@ -67,6 +70,7 @@ struct Block {
   const char* b_tail[4];
   const float* bias;
   const char* ahead[4];
+  Passing passing;
 };
 
 MNV4_INLINE void fetch(const char* line) {
@@ -75,31 +79,33 @@ MNV4_INLINE void fetch(const char* line) {
 }
 
 // Sums are tiles 0 to 3, left operands 4 and 5, weights 6 and 7.
-template <int MB, int NB>
+template <int MB, int NB, Passing PASSING>
 MNV4_INLINE void multiply_run(const char* a, ptrdiff_t a_row, const char* const* b, ptrdiff_t b_at) {
-  load_tile<6>(b[0] + b_at, kTileRow);
-  load_tile<4>(a, a_row);
+  constexpr bool kRowsOnce = PASSING != Passing::kWeights;
+  constexpr bool kWeightsOnce = PASSING != Passing::kRows;
+  load_tile<6, kWeightsOnce>(b[0] + b_at, kTileRow);
+  load_tile<4, kRowsOnce>(a, a_row);
   multiply_tiles<0, 4, 6>();
   if constexpr (MB == 2) {
-    load_tile<5>(a + kMatrixRows * a_row, a_row);
+    load_tile<5, kRowsOnce>(a + kMatrixRows * a_row, a_row);
     multiply_tiles<NB, 5, 6>();
   }
   if constexpr (NB >= 2) {
-    load_tile<7>(b[1] + b_at, kTileRow);
+    load_tile<7, kWeightsOnce>(b[1] + b_at, kTileRow);
     multiply_tiles<1, 4, 7>();
     if constexpr (MB == 2) multiply_tiles<3, 5, 7>();
   }
   if constexpr (NB == 4) {
-    load_tile<6>(b[2] + b_at, kTileRow);
+    load_tile<6, kWeightsOnce>(b[2] + b_at, kTileRow);
     multiply_tiles<2, 4, 6>();
-    load_tile<7>(b[3] + b_at, kTileRow);
+    load_tile<7, kWeightsOnce>(b[3] + b_at, kTileRow);
     multiply_tiles<3, 4, 7>();
   }
 }
 
 // Sums stay in tiles 0 to 3.
-template <int MB, int NB>
-void multiply(const Block& t) {
+template <int MB, int NB, Passing PASSING>
+void multiply_passing(const Block& t) {
   static_assert(MB * NB <= 4, "as many sums as there are tiles for them");
   // all rows begin with the same bias
   load_tile<0>(t.bias, 0);
@@ -118,10 +124,17 @@ void multiply(const Block& t) {
       for (int p = 0; p < NB; ++p) {
         if (t.ahead[p]) fetch(t.ahead[p] + b_at);
       }
-      multiply_run<MB, NB>(a, rows.row, t.b, b_at);
+      multiply_run<MB, NB, PASSING>(a, rows.row, t.b, b_at);
     }
-    if (t.b_tail[0]) multiply_run<MB, NB>(a, rows.row, t.b_tail, 0);
+    if (t.b_tail[0]) multiply_run<MB, NB, PASSING>(a, rows.row, t.b_tail, 0);
   }
+}
+
+template <int MB, int NB>
+void multiply(const Block& t) {
+  if (t.passing == Passing::kRows) return multiply_passing<MB, NB, Passing::kRows>(t);
+  if (t.passing == Passing::kWeights) return multiply_passing<MB, NB, Passing::kWeights>(t);
+  multiply_passing<MB, NB, Passing::kBoth>(t);
 }
 
 constexpr ptrdiff_t kSums = kMatrixRows * kPanel;
@@ -148,6 +161,7 @@ class Product {
   // `count` rows, the first of which is row_begin and lies at rows.data
   void run(int64_t count, int64_t panel_begin, int64_t panel_end, bool wide) {
     Sums last{};
+    block_.passing = passing(count);
     for (int64_t panel = panel_begin; panel < panel_end;) {
       const int64_t left = panel_end - panel;
       const int64_t panels = wide && left >= 4 ? 4 : left >= 2 ? 2 : 1;
@@ -170,6 +184,14 @@ class Product {
   }
 
  private:
+  // Half of an L1 for what stays.
+  Passing passing(int64_t count) const {
+    constexpr int64_t kStays = 24 * 1024;
+    const int64_t pixel = rows_.segments > 1 ? rows_.row : rows_.runs * kTileRow;
+    if (rows_.segments * count * pixel <= kStays) return Passing::kWeights;
+    return 2 * runs_ * kTileBytes < kStays ? Passing::kRows : Passing::kBoth;
+  }
+
   void place_weights(int64_t panel, int64_t panels) {
     block_.a = &rows_;
     block_.bias = args_.bias + panel * kPanel;
