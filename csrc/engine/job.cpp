@@ -15,10 +15,25 @@ int64_t mirrored(int64_t i, int64_t size) {
   return i;
 }
 
+// The plane of a block in `scratch`, in float32 and with its pixels p.pixel() apart.
+float* widened(const Planes& p, char* arena, int64_t image, int64_t block, float* scratch) {
+  const int64_t beside = p.paired() ? block % 2 : 0;
+  pointwise_kernels().widen(p.at(arena, image, block - beside), p.type, scratch, p.pixels() * p.pixel());
+  return scratch + beside * kPanel;
+}
+
 }  // namespace
 
+void Planes::clear_partner(char* arena, int64_t i, int64_t b, int64_t row_begin, int64_t row_end) const {
+  if (!paired() || b % 2 || b + 1 < blocks()) return;
+  auto* half = static_cast<uint16_t*>(at(arena, i * image() + block(b) + row_begin * row() + kPanel));
+  for (int64_t p = 0; p < (row_end - row_begin) * width; ++p)
+    std::memset(half + p * pixel(), 0, kPanel * sizeof(*half));
+}
+
 Matrix Matrix::of(const Planes& p) {
-  return {p.offset, p.type, p.images, p.pixels(), p.image(), kPanel, p.plane(), p.channels};
+  const ptrdiff_t panel = p.paired() ? p.pair() : p.plane();
+  return {p.offset, p.type, p.images, p.pixels(), p.image(), p.pixel(), panel, p.channels, p.paired()};
 }
 
 Matrix Matrix::row_major(Storage type, int64_t images, int64_t rows, int64_t columns) {
@@ -43,12 +58,12 @@ double Depthwise::plane_cost() const {
   return 2.0 * static_cast<double>(args.out_height * args.out_width * args.kernel_h * args.kernel_w * kPanel);
 }
 
-void Depthwise::run(const DwconvKernel& kernel, const void* x, void* out, int64_t block, int64_t row_begin,
-                    int64_t row_end, float* padded) const {
+void Depthwise::run(const DwconvKernel& kernel, const void* x, int64_t x_pixel, char* arena, int64_t image,
+                    int64_t block, int64_t row_begin, int64_t row_end, float* padded) const {
   DwconvArgs a = args;
   a.x = x;
-  a.x_pixel = kPanel;
-  a.x_row = a.width * kPanel;
+  a.x_pixel = x_pixel;
+  a.x_row = a.width * x_pixel;
   if (reflect) {
     const int64_t pixel_bytes = kPanel * storage_bytes(kernel.input);
     const int64_t height = (a.out_height - 1) * a.stride_h + a.kernel_h;
@@ -58,23 +73,26 @@ void Depthwise::run(const DwconvKernel& kernel, const void* x, void* out, int64_
       const int64_t row = mirrored(y - a.pad_top, args.height) * args.width;
       for (int64_t i = 0; i < width; ++i, to += pixel_bytes) {
         const int64_t pixel = row + mirrored(i - a.pad_left, args.width);
-        std::memcpy(to, static_cast<const char*>(x) + pixel * pixel_bytes, static_cast<size_t>(pixel_bytes));
+        const void* from = advance(x, kernel.input, pixel * x_pixel);
+        std::memcpy(to, from, static_cast<size_t>(pixel_bytes));
       }
     }
     a.x = padded;
     a.height = height;
     a.width = width;
+    a.x_pixel = kPanel;
     a.x_row = width * kPanel;
     a.pad_top = 0;
     a.pad_left = 0;
   }
-  a.y = out;
-  a.y_pixel = kPanel;
-  a.y_row = a.out_width * kPanel;
+  a.y = y.at(arena, image, block);
+  a.y_pixel = y.pixel();
+  a.y_row = y.row();
   a.weight = weight + block * a.kernel_h * a.kernel_w * kPanel;
   a.bias = bias + block * kPanel;
   a.channels = kPanel;
   kernel.run(a, row_begin, row_end, 0, kPanel);
+  y.clear_partner(arena, image, block, row_begin, row_end);
 }
 
 std::vector<Stream::Range> Job::weights(int64_t, int64_t) const { return {}; }
@@ -93,13 +111,14 @@ void InputJob::run(const Context& context, int64_t begin, int64_t end, Worker&) 
     for (int64_t block = 0; block < y_.blocks(); ++block) {
       const float* x =
           in.data + (context.first_image + first_image_ + image) * in.image + row * in.row + block * in.block;
-      void* y = y_.at(context.arena, image * y_.image() + block * y_.plane() + row * y_.width * kPanel);
+      void* y = y_.at(context.arena, image * y_.image() + y_.block(block) + row * y_.row());
       const int64_t channels = std::min<int64_t>(kPanel, y_.channels - block * kPanel);
       for (int64_t i = 0; i < y_.width; ++i) {
         float pixel[kPanel] = {};
         for (int64_t c = 0; c < channels; ++c) pixel[c] = x[i * in.pixel + c * in.channel];
-        pointwise_kernels().narrow(pixel, y_.type, advance(y, y_.type, i * kPanel), kPanel);
+        pointwise_kernels().narrow(pixel, y_.type, advance(y, y_.type, i * y_.pixel()), kPanel);
       }
+      y_.clear_partner(context.arena, image, block, row, row + 1);
     }
   }
 }
@@ -135,18 +154,22 @@ ConvJob::ConvJob(Spec spec)
       kernel_(gemm_kernel(conv_compute(spec_), spec_.y.type)),
       source_kernel_(gemm_kernel(conv_compute(spec_), conv_compute(spec_))) {
   ConvArgs& a = spec_.args;
-  a.y_pixel = kPanel;
-  a.y_row = spec_.y.width * kPanel;
-  a.y_panel = spec_.projection ? spec_.y.width * kPanel : spec_.y.plane();
+  a.y_pixel = spec_.y.pixel();
+  a.y_row = spec_.y.row();
+  a.y_panel = Matrix::of(spec_.y).panel;
+  // a row to project is a map of its own
+  if (spec_.projection) a.y_panel = spec_.y.row();
+  a.y_paired = spec_.y.paired();
   // whole panels: the padded channels of the result are zeros
   a.out_channels = round_up(spec_.y.channels, kPanel);
   a.x_type = spec_.source.x_type = conv_compute(spec_);
   if (spec_.from_input) {
     outer().x_type = Storage::kFloat32;
   } else {
-    outer().x_block = spec_.x.plane();
-    outer().x_row = spec_.x.width * kPanel;
-    outer().x_pixel = kPanel;
+    outer().x_block = Matrix::of(spec_.x).panel;
+    outer().x_paired = spec_.x.paired();
+    outer().x_row = spec_.x.row();
+    outer().x_pixel = spec_.x.pixel();
     outer().x_channel = 1;
   }
   if (spec_.projection) {
@@ -166,10 +189,12 @@ int64_t ConvJob::scratch_floats() const {
 
 void ConvJob::project(const Context& context, int64_t image, int64_t oy, const void* row, Stream* stream) const {
   const Projection& p = *spec_.projection;
-  const int64_t at = image * p.y.image() + oy * p.y.width * kPanel;
+  const Matrix y = Matrix::of(p.y);
+  const int64_t at = image * y.image + oy * p.y.row();
   GemmArgs g{};
   g.a = row;
-  g.a_row = kPanel;
+  g.a_row = spec_.y.pixel();
+  if (spec_.y.paired()) g.packed_pitch = spec_.y.width;
   g.segment = segment_.data();
   g.segments = spec_.y.blocks();
   g.segment_length = kPanel;
@@ -179,12 +204,15 @@ void ConvJob::project(const Context& context, int64_t image, int64_t oy, const v
   g.act = p.act;
   g.n = p.y.blocks() * kPanel;
   g.c = p.y.at(context.arena, at);
-  g.c_row = kPanel;
-  g.c_panel = p.y.plane();
+  g.c_row = y.row;
+  g.c_panel = y.panel;
+  g.paired = y.paired;
   if (p.residual) {
-    g.residual = p.residual->at(context.arena, at);
-    g.residual_row = kPanel;
-    g.residual_panel = p.residual->plane();
+    const Matrix residual = Matrix::of(*p.residual);
+    g.residual = p.residual->at(context.arena, image * residual.image + oy * p.residual->row());
+    g.residual_row = residual.row;
+    g.residual_panel = residual.panel;
+    g.residual_paired = residual.paired;
   }
   g.stream = stream;
   gemm(*projection_kernel_, g, 0, spec_.y.width, 0, p.y.blocks());
@@ -269,15 +297,31 @@ DepthwiseJob::DepthwiseJob(const Planes& x, Depthwise dw, int64_t part, int64_t 
       first_row_(dw_.y.height * part / parts),
       last_row_(dw_.y.height * (part + 1) / parts) {}
 
+// Output rows that are computed of one plane before the other one's of a pair.
+constexpr int64_t kRowsOfPair = 4;
+
 void DepthwiseJob::run(const Context& context, int64_t begin, int64_t end, Worker& worker) const {
+  const int64_t height = last_row_ - first_row_;
+  const int64_t image_units = height * x_.blocks();
+  // planes in pairs share their lines: some rows of both at a time
+  const int64_t beside = x_.paired() || dw_.y.paired() ? 2 : 1;
   while (begin < end) {
-    const int64_t height = last_row_ - first_row_;
-    const int64_t row = first_row_ + begin % height;
-    const int64_t rows = std::min(last_row_ - row, end - begin);
-    const int64_t plane = begin / height;  // image and block: planes of a batch are adjacent
-    dw_.run(kernel_, x_.at(context.arena, plane * x_.plane()), dw_.y.at(context.arena, plane * dw_.y.plane()),
-            plane % x_.blocks(), row, row + rows, worker.scratch);
-    begin += rows;
+    const int64_t image = begin / image_units;
+    const int64_t first = begin % image_units / (beside * height) * beside;
+    const int64_t blocks = std::min(beside, x_.blocks() - first);
+    const int64_t unit = begin % image_units - first * height;
+    const int64_t row = first_row_ + unit / blocks;
+    const int64_t block = unit % blocks;
+    // whole rows of all blocks, or what is left of one
+    const bool whole = block == 0 && end - begin >= blocks;
+    const int64_t rows =
+        whole ? std::min({last_row_ - row, (end - begin) / blocks, blocks > 1 ? kRowsOfPair : height}) : 1;
+    const int64_t count = whole ? blocks : 1;
+    for (int64_t b = first + block; b < first + block + count; ++b) {
+      dw_.run(kernel_, x_.at(context.arena, image, b), x_.pixel(), context.arena, image, b, row, row + rows,
+              worker.scratch);
+    }
+    begin += rows * count;
   }
 }
 
@@ -291,18 +335,18 @@ DownsampleJob::DownsampleJob(const Planes& x, const float* scale, const float* s
       value_(std::move(value)) {}
 
 void DownsampleJob::run(const Context& context, int64_t begin, int64_t end, Worker& worker) const {
-  float* scratch = worker.scratch;
   for (; begin < end; ++begin) {
+    const int64_t image = begin / x_.blocks();
     const int64_t block = begin % x_.blocks();
     const float* scale = scale_ + block * kPanel;
     const float* shift = shift_ + block * kPanel;
-    pointwise_kernels().widen(x_.at(context.arena, begin * x_.plane()), x_.type, scratch, x_.plane());
+    float* plane = widened(x_, context.arena, image, block, worker.scratch);
     for (int64_t p = 0; p < x_.pixels(); ++p) {
-      for (int c = 0; c < kPanel; ++c) scratch[p * kPanel + c] = scratch[p * kPanel + c] * scale[c] + shift[c];
+      float* pixel = plane + p * x_.pixel();
+      for (int c = 0; c < kPanel; ++c) pixel[c] = pixel[c] * scale[c] + shift[c];
     }
     for (const Depthwise* path : {&key_, &value_}) {
-      void* y = path->y.at(context.arena, begin * path->y.plane());
-      path->run(kernel_, scratch, y, block, 0, path->args.out_height, nullptr);
+      path->run(kernel_, plane, x_.pixel(), context.arena, image, block, 0, path->args.out_height, nullptr);
     }
   }
 }
@@ -372,11 +416,10 @@ MeanJob::MeanJob(const Planes& x, const Planes& y)
     : Job(x.images * x.blocks(), static_cast<double>(x.plane())), x_(x), y_(y) {}
 
 void MeanJob::run(const Context& context, int64_t begin, int64_t end, Worker& worker) const {
-  float* scratch = worker.scratch;
   for (; begin < end; ++begin) {
     float mean[kPanel];
-    pointwise_kernels().widen(x_.at(context.arena, begin * x_.plane()), x_.type, scratch, x_.plane());
-    pointwise_kernels().mean_pixels(scratch, x_.pixels(), kPanel, kPanel, mean);
+    const float* plane = widened(x_, context.arena, begin / x_.blocks(), begin % x_.blocks(), worker.scratch);
+    pointwise_kernels().mean_pixels(plane, x_.pixels(), x_.pixel(), kPanel, mean);
     pointwise_kernels().narrow(mean, y_.type, y_.at(context.arena, begin * kPanel), kPanel);
   }
 }
@@ -430,22 +473,19 @@ OutputJob::OutputJob(const Planes& x, int64_t index, int64_t first_image)
     : Job(x.images * x.blocks(), static_cast<double>(x.plane())), x_(x), index_(index), first_image_(first_image) {}
 
 void OutputJob::run(const Context& context, int64_t begin, int64_t end, Worker& worker) const {
-  float* scratch = worker.scratch;
   const int64_t pixels = x_.pixels();
+  const int64_t pixel = x_.pixel();
   for (; begin < end; ++begin) {
     const int64_t image = begin / x_.blocks();
     const int64_t first = begin % x_.blocks() * kPanel;
     const int64_t channels = std::min<int64_t>(kPanel, x_.channels - first);
-    const void* plane = x_.at(context.arena, begin * x_.plane());
-    const auto* x = static_cast<const float*>(plane);
-    if (x_.type != Storage::kFloat32) {
-      pointwise_kernels().widen(plane, x_.type, scratch, x_.plane());
-      x = scratch;
-    }
+    const int64_t block = begin % x_.blocks();
+    const float* x = x_.type == Storage::kFloat32 ? static_cast<const float*>(x_.at(context.arena, image, block))
+                                                  : widened(x_, context.arena, image, block, worker.scratch);
     float* y = context.outputs[index_] + (context.first_image + first_image_ + image) * x_.channels * pixels;
     if (context.nhwc) {
       y += first;
-      for (int64_t p = 0; p < pixels; ++p) std::copy_n(x + p * kPanel, channels, y + p * x_.channels);
+      for (int64_t p = 0; p < pixels; ++p) std::copy_n(x + p * pixel, channels, y + p * x_.channels);
       continue;
     }
     y += first * pixels;
@@ -453,7 +493,7 @@ void OutputJob::run(const Context& context, int64_t begin, int64_t end, Worker& 
     for (int64_t p = 0; p < pixels; p += kPanel) {
       const int64_t count = std::min<int64_t>(kPanel, pixels - p);
       for (int64_t c = 0; c < channels; ++c) {
-        for (int64_t i = 0; i < count; ++i) y[c * pixels + p + i] = x[(p + i) * kPanel + c];
+        for (int64_t i = 0; i < count; ++i) y[c * pixels + p + i] = x[(p + i) * pixel + c];
       }
     }
   }

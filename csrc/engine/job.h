@@ -17,7 +17,9 @@
 
 namespace mnv4::engine {
 
-// Activations of one node: planes of 16 channels, [image][block][pixel][16], the last block padded with zeros.
+// Activations of one node: planes of 16 channels, [image][block][pixel][16], the last block padded with zeros. A matrix
+// unit reads runs of 32 channels: for it planes lie in pairs, [block / 2][image][pixel][32], the last one, too, padded
+// with zeros. Then rows of several images are adjacent, and tiles take them together.
 struct Planes {
   int64_t offset = 0;  // bytes from the arena's start
   Storage type = Storage::kFloat32;
@@ -25,14 +27,30 @@ struct Planes {
   int64_t channels = 0;
   int64_t height = 0;
   int64_t width = 0;
+  // of a pair of planes, of which these may be a part; 0 where they are not in pairs
+  int64_t paired_images = 0;
 
   int64_t pixels() const { return height * width; }
   int64_t blocks() const { return div_up(channels, kPanel); }
+  bool paired() const { return paired_images > 0; }
+  // From a pixel, a row of them and an image to the next, and from the first block to `b`.
+  int64_t pixel() const { return paired() ? 2 * kPanel : kPanel; }
+  int64_t row() const { return width * pixel(); }
+  int64_t image() const { return pixels() * (paired() ? 2 * kPanel : blocks() * kPanel); }
+  int64_t block(int64_t b) const { return paired() ? b / 2 * pair() + b % 2 * kPanel : b * plane(); }
+  // From a pair to the next; a power of two would put all of them in the same cache sets.
+  int64_t pair() const { return (paired_images * pixels() + 4) * pixel(); }
+  // Elements of a plane, whatever lies between them.
   int64_t plane() const { return pixels() * kPanel; }
-  int64_t image() const { return blocks() * plane(); }
-  int64_t bytes() const { return images * image() * storage_bytes(type); }
-  // Element i, in an arena that starts at `arena`.
+  int64_t bytes() const {
+    const int64_t values = paired() ? div_up(blocks(), 2) * pair() : images * image();
+    return values * storage_bytes(type);
+  }
+  // Element i, in an arena that starts at `arena`; a plane.
   void* at(char* arena, int64_t i) const { return advance(static_cast<void*>(arena + offset), type, i); }
+  void* at(char* arena, int64_t i, int64_t b) const { return at(arena, i * image() + block(b)); }
+  // Zeros beside rows [row_begin, row_end) of block `b`, if it is the last one and has no partner.
+  void clear_partner(char* arena, int64_t i, int64_t b, int64_t row_begin, int64_t row_end) const;
 };
 
 // The caller's input, strides in floats. Jobs that touch it or the caller's results know the first of their images.
@@ -95,9 +113,9 @@ struct Depthwise {
   bool reflect = false;  // taps outside the image mirror it
   Planes y;
 
-  // One plane: rows [row_begin, row_end). `padded` is scratch for the mirrored plane.
-  void run(const DwconvKernel& kernel, const void* x, void* y, int64_t block, int64_t row_begin, int64_t row_end,
-           float* padded) const;
+  // A block's plane of an image: rows [row_begin, row_end). `padded` is scratch for the mirrored plane.
+  void run(const DwconvKernel& kernel, const void* x, int64_t x_pixel, char* arena, int64_t image, int64_t block,
+           int64_t row_begin, int64_t row_end, float* padded) const;
   // Output rows that read nothing behind the first `rows` of the input.
   int64_t rows_ready(int64_t rows) const;
   int64_t padded_floats() const;
@@ -152,7 +170,10 @@ class ConvJob : public Job {
   void project(const Context& context, int64_t image, int64_t oy, const void* row, Stream* stream) const;
   int64_t rows_of_unit() const { return spec_.args.winograd ? WinogradRows::kRows : ConvRows::kRows; }
   int64_t own_scratch() const;
-  int64_t row_floats() const { return spec_.y.blocks() * spec_.y.width * kPanel; }
+  // of a row to project, which lies as the map's rows would, and what a tile reads behind it
+  int64_t row_floats() const {
+    return spec_.y.width * round_up(spec_.y.channels, spec_.y.pixel()) + (spec_.y.paired() ? kMatrixRows * kPanel : 0);
+  }
 
   // The convolution that reads x.
   ConvArgs& outer() { return spec_.has_source ? spec_.source : spec_.args; }
@@ -172,12 +193,15 @@ struct Matrix {
   int64_t rows = 0;  // per image
   ptrdiff_t image = 0;
   ptrdiff_t row = 0;
-  ptrdiff_t panel = 0;  // between 16 columns and the next
+  ptrdiff_t panel = 0;  // between 16 columns and the next; in pairs, between 32
   int64_t columns = 0;
+  bool paired = false;
 
   static Matrix of(const Planes& p);
   static Matrix row_major(Storage type, int64_t images, int64_t rows, int64_t columns);
   int64_t bytes() const { return images * image * storage_bytes(type); }
+  // From the first panel to panel p.
+  ptrdiff_t panel_at(int64_t p) const { return paired ? p / 2 * panel + p % 2 * kPanel : p * panel; }
   void* at(char* arena, int64_t i) const { return advance(static_cast<void*>(arena + offset), type, i); }
 };
 
@@ -236,7 +260,7 @@ class PanelJob : public Job {
   const DwconvKernel& dwconv_;
   Spec spec_;
   bool whole_;  // a unit is a whole panel of an image, else a tile of rows
-  bool packs_;  // rows are packed for a matrix unit first
+  bool packs_;  // rows are packed for a matrix unit first, unless their planes lie in pairs
   int64_t tiles_;
   int64_t first_tile_;
   int64_t last_tile_;
@@ -266,7 +290,7 @@ class DownsampleJob : public Job {
  public:
   DownsampleJob(const Planes& x, const float* scale, const float* shift, Depthwise key, Depthwise value);
   void run(const Context& context, int64_t begin, int64_t end, Worker& worker) const override;
-  int64_t scratch_floats() const override { return x_.plane(); }
+  int64_t scratch_floats() const override { return x_.pixels() * x_.pixel(); }
 
  private:
   const DwconvKernel& kernel_;
@@ -327,7 +351,7 @@ class MeanJob : public Job {
  public:
   MeanJob(const Planes& x, const Planes& y);
   void run(const Context& context, int64_t begin, int64_t end, Worker& worker) const override;
-  int64_t scratch_floats() const override { return x_.plane(); }
+  int64_t scratch_floats() const override { return x_.pixels() * x_.pixel(); }
 
  private:
   Planes x_;
@@ -356,7 +380,7 @@ class OutputJob : public Job {
  public:
   OutputJob(const Planes& x, int64_t index, int64_t first_image);
   void run(const Context& context, int64_t begin, int64_t end, Worker& worker) const override;
-  int64_t scratch_floats() const override { return x_.plane(); }
+  int64_t scratch_floats() const override { return x_.pixels() * x_.pixel(); }
 
  private:
   Planes x_;

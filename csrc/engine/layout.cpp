@@ -130,12 +130,14 @@ bool Layout::feeds_projection(int64_t id) const {
   return node(next).what() == Kind::kPointwise && node(next).input == id && reads_of(id) == 1;
 }
 
-Planes Layout::planes(int64_t id, int64_t images) const {
+Planes Layout::planes(int64_t id, int64_t images, int64_t stored) const {
   const Shape& s = shape(id);
   // a matrix unit leaves its sums in memory anyway: a depthwise on them need not widen what was rounded before
   const bool rides =
       feeds_rider(id) && (node(id + 1).what() == Kind::kPool || (gemm_has_matrix_unit() && node(id).residual < 0));
-  return {0, is_result(id) || rides ? Storage::kFloat32 : compute_, images, s.channels, s.height, s.width};
+  Planes p{0, is_result(id) || rides ? Storage::kFloat32 : compute_, images, s.channels, s.height, s.width};
+  if (p.type == Storage::kBfloat16 && gemm_has_matrix_unit() && !s.vector) p.paired_images = stored;
+  return p;
 }
 
 bool Layout::input_needs_planes() const {

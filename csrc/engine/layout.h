@@ -34,9 +34,9 @@ class Layout {
   bool needed(int64_t id) const { return needed_[static_cast<size_t>(id)]; }
   // Times that needed nodes read `id`.
   int64_t reads_of(int64_t id) const;
-  // The node's planes, at no offset yet.
-  Planes planes(int64_t id, int64_t images) const;
-  int64_t image_bytes(int64_t id) const { return planes(id, 1).bytes(); }
+  // The node's planes of `images` out of `stored`, at no offset yet.
+  Planes planes(int64_t id, int64_t images, int64_t stored) const;
+  int64_t image_bytes(int64_t id) const { return planes(id, 1, 1).bytes(); }
   // A leading dense convolution reads the caller's tensor as it lies; anything else wants planes.
   bool input_needs_planes() const;
   // A product that only the depthwise or the pool right behind it reads. What a pool reads stays as it was summed,

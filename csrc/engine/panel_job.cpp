@@ -42,10 +42,10 @@ PanelJob::PanelJob(Spec spec)
       last_tile_(tiles_ * (spec_.part + 1) / spec_.parts),
       first_row_(whole_ ? 0 : spec_.x.rows * first_tile_ / tiles_),
       last_row_(whole_ ? spec_.x.rows : spec_.x.rows * last_tile_ / tiles_) {
-  const bool planes = spec_.x.row == kPanel && spec_.x.panel != kPanel;
+  const bool planes = spec_.x.paired || (spec_.x.row == kPanel && spec_.x.panel != kPanel);
   const int64_t segments = planes ? spec_.depth / kPanel : 1;
   for (int64_t s = 0; s < segments; ++s) segment_.push_back(s * spec_.x.panel);
-  packs_ = kernel_.matrix && (planes || spec_.x.columns % kMatrixDepth != 0);
+  packs_ = kernel_.matrix && !spec_.x.paired && (planes || spec_.x.columns % kMatrixDepth != 0);
 }
 
 int64_t PanelJob::packed_floats() const {
@@ -116,11 +116,13 @@ GemmArgs PanelJob::product(const Context& context) const {
     a.c_row = s.y.row;
     a.c_panel = s.y.panel;
     a.c_image = s.y.image;
+    a.paired = s.y.paired;
   }
   if (s.has_residual) {
     a.residual = s.residual.at(context.arena, first_row_ * s.residual.row);
     a.residual_row = s.residual.row;
     a.residual_panel = s.residual.panel;
+    a.residual_paired = s.residual.paired;
     a.residual_image = s.residual.image;
   }
   return a;
@@ -130,18 +132,16 @@ GemmArgs PanelJob::product(const Context& context) const {
 void PanelJob::ride(const Context& context, const Piece& piece, const void* planes, int64_t row_begin, int64_t row_end,
                     float* padded) const {
   const Spec& s = spec_;
-  const ptrdiff_t image_step = s.keep_y ? s.y.image : plane_floats();
-  const ptrdiff_t panel_step = s.keep_y ? s.y.panel : piece.images * plane_floats();
   for (int64_t p = 0; p < piece.panels; ++p) {
     const int64_t panel = piece.panel + p;
     for (int64_t i = 0; i < piece.images; ++i) {
       const int64_t image = piece.image + i;
-      const void* plane = advance(planes, panel_type(s), p * panel_step + i * image_step);
+      const void* plane = s.keep_y ? s.y.at(context.arena, image * s.y.image + s.y.panel_at(panel))
+                                   : advance(planes, panel_type(s), (p * piece.images + i) * plane_floats());
       if (s.dw) {
         const int64_t width = s.dw->args.width;
-        void* y = s.dw->y.at(context.arena, image * s.dw->y.image() + panel * s.dw->y.plane());
-        s.dw->run(dwconv_, plane, y, panel, s.dw->rows_ready(row_begin / width), s.dw->rows_ready(row_end / width),
-                  padded);
+        s.dw->run(dwconv_, plane, s.keep_y ? s.y.row : kPanel, context.arena, image, panel,
+                  s.dw->rows_ready(row_begin / width), s.dw->rows_ready(row_end / width), padded);
       }
       if (s.mean) {
         float mean[kPanel];
@@ -163,19 +163,24 @@ void PanelJob::run_piece(const Context& context, const Piece& piece, Worker& wor
     a.a = advance(static_cast<const void*>(worker.scratch), s.x.type, piece.image * rows() * kMatrixDepth);
   } else {
     a.a = advance(a.a, s.x.type, piece.image * a.a_image);
+    if (s.x.paired) a.packed_pitch = s.x.panel / kMatrixDepth;
   }
-  a.b = advance(a.b, s.x.type, piece.panel * a.b_panel);
-  a.bias += piece.panel * kPanel;
-  a.n = std::min(a.n - piece.panel * kPanel, piece.panels * kPanel);
+  // pairs are counted from the first panel
+  const int64_t first = a.paired || a.residual_paired ? piece.panel : 0;
+  const int64_t passed = piece.panel - first;
+  a.b = advance(a.b, s.x.type, passed * a.b_panel);
+  a.bias += passed * kPanel;
+  a.n -= passed * kPanel;
   if (s.keep_y) {
-    a.c = advance(a.c, kernel_.output, piece.image * a.c_image + piece.panel * a.c_panel);
+    a.c = advance(a.c, kernel_.output, piece.image * a.c_image + passed * a.c_panel);
   } else {
     a.c = planes;
+    a.c_first = first;
     a.c_image = plane_floats();
     a.c_panel = piece.images * plane_floats();
   }
   if (a.residual) {
-    a.residual = advance(a.residual, kernel_.output, piece.image * a.residual_image + piece.panel * a.residual_panel);
+    a.residual = advance(a.residual, kernel_.output, piece.image * a.residual_image + passed * a.residual_panel);
   }
   a.stream = &worker.stream;
   const int64_t end = (piece.images - 1) * rows() + piece.row_end;
@@ -186,8 +191,8 @@ void PanelJob::run_piece(const Context& context, const Piece& piece, Worker& wor
   }
   for (int64_t row = piece.row_begin; row < end; row += strip) {
     const int64_t last = std::min(row + strip, end);
-    gemm(kernel_, a, row, last, 0, piece.panels);
-    if (whole_) ride(context, piece, a.c, strip < end ? row : 0, strip < end ? last : s.x.rows, padded);
+    gemm(kernel_, a, row, last, first, first + piece.panels);
+    if (whole_) ride(context, piece, planes, strip < end ? row : 0, strip < end ? last : s.x.rows, padded);
   }
 }
 
@@ -204,7 +209,9 @@ void PanelJob::run(const Context& context, int64_t begin, int64_t end, Worker& w
   }
   while (begin < end) {
     const Piece next = piece(begin, end);
-    const int64_t images = whole_ ? std::max<int64_t>(1, planes_at_a_time() / next.panels) : next.images;
+    int64_t images = whole_ ? std::max<int64_t>(1, planes_at_a_time() / next.panels) : next.images;
+    // some rows of each image don't lie side by side
+    if (spec_.x.paired && rows() < spec_.x.rows) images = 1;
     for (Piece part = next; part.image < next.image + next.images; part.image += images) {
       part.images = std::min(images, next.image + next.images - part.image);
       run_piece(context, part, worker);

@@ -72,7 +72,8 @@ class Planner {
       for (const auto& job : step.jobs) plan_.scratch_floats_ = std::max(plan_.scratch_floats_, job->scratch_floats());
     }
     plan_.scratch_floats_ = round_up(plan_.scratch_floats_, kPanel) + kPanel;
-    plan_.arena_bytes_ = arena_.total();
+    // a tile of the last map may read behind it
+    plan_.arena_bytes_ = arena_.total() + kMatrixRows * kMatrixDepth * storage_bytes(Storage::kBfloat16);
   }
 
  private:
@@ -92,8 +93,8 @@ class Planner {
   // The planes of the images that the present turn computes.
   Planes planes(int64_t id) const {
     const Place& place = place_[static_cast<size_t>(id)];
-    Planes p = layout_.planes(id, turn_images_);
-    p.offset = place.offset + (place.whole ? first_image_ * layout_.image_bytes(id) : 0);
+    Planes p = layout_.planes(id, turn_images_, place.whole ? images_ : turn_images_);
+    p.offset = place.offset + (place.whole ? first_image_ * p.image() * storage_bytes(p.type) : 0);
     return p;
   }
 
@@ -203,7 +204,7 @@ class Planner {
         if (!has_planes(group, id)) continue;
         const Life& life = lives[static_cast<size_t>(id)];
         const int64_t images = life.whole ? images_ : std::min(chunk(group), images_);
-        const int64_t bytes = images * layout_.image_bytes(id);
+        const int64_t bytes = layout_.planes(id, images, images).bytes();
         const int64_t offset = arena_.place(bytes, life.whole ? life.phase : life.born, life.last);
         place_[static_cast<size_t>(id)] = {offset, life.whole};
       }
@@ -432,6 +433,7 @@ class Planner {
       Planes down = x;
       down.height = small.height;
       down.width = small.width;
+      if (down.paired()) down.paired_images = images;
       Planes key_down = down, value_down = down;
       key_down.offset = place(down.bytes());
       value_down.offset = place(down.bytes());

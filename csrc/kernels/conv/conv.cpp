@@ -118,7 +118,7 @@ void PaddedRows::copy(int64_t iy, T* row) const {
   for (int64_t first = 0; first < args_.channels; first += kPanel) {
     const int64_t block = first / kPanel;
     const int64_t channels = std::min<int64_t>(kPanel, args_.channels - first);
-    const T* in = x + block * args_.x_block;
+    const T* in = x + (args_.x_paired ? block / 2 * args_.x_block + block % 2 * kPanel : block * args_.x_block);
     T* out = row + (blocks ? block * ring_.plane : first);
     if (blocks && args_.x_pixel == kPanel) {
       std::copy_n(in, args_.width * kPanel, out);
@@ -208,6 +208,7 @@ ConvRows::ConvRows(const GemmKernel& kernel, const ConvArgs& args, float* scratc
   product_.bias = args.bias;
   product_.c_row = args.y_pixel;
   product_.c_panel = args.y_panel;
+  product_.paired = args.y_paired;
   product_.n = args.out_channels;
   product_.act = args.act;
   // behind the ring lies wide_row_, as long as a row of float32
@@ -216,6 +217,7 @@ ConvRows::ConvRows(const GemmKernel& kernel, const ConvArgs& args, float* scratc
 }
 
 void ConvRows::feed(const ConvRing& ring, int64_t channels) {
+  product_.paired = false;
   product_.c_row = ring.plane_channels;
   product_.c_panel = ring.plane_channels == kPanel ? ring.plane : kPanel;
   product_.n = channels;

@@ -30,7 +30,7 @@ struct ConvArgs {
   const void* x;
   Storage x_type;
   ptrdiff_t x_channel;  // planar input
-  ptrdiff_t x_block;    // else: from 16 channels to the next 16
+  ptrdiff_t x_block;    // else: from 16 channels to the next 16, or where they lie in pairs, from 32 to the next 32
   ptrdiff_t x_row;
   ptrdiff_t x_pixel;
   int64_t channels;
@@ -56,6 +56,8 @@ struct ConvArgs {
   Activation act;
   bool pairs = false;
   bool winograd = false;
+  bool x_paired = false;
+  bool y_paired = false;     // as GemmArgs::paired
   Stream* stream = nullptr;  // or what to fetch meanwhile
 
   ConvShape shape() const { return {channels, kernel_h, kernel_w, dilation_w != 1, pairs, winograd}; }

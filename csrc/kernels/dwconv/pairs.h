@@ -102,12 +102,13 @@ void pair_rows(const DwconvArgs& a, DwconvRow<Bf16, Out>& t, int64_t channel, in
 template <class Out>
 struct PlaneRows<Bf16, Out> {
   template <int K, int S>
-  static DwconvRowsFn<Bf16, Out> select(int64_t out_width) {
-    if (out_width % 16 == 0) return pair_rows<K, S, 16, Out>;
-    if (out_width % 14 == 0) return pair_rows<K, S, 14, Out>;
-    if (out_width % 12 == 0) return pair_rows<K, S, 12, Out>;
-    if (out_width % 8 == 0) return pair_rows<K, S, 8, Out>;
-    if (out_width % 7 == 0) return pair_rows<K, S, 7, Out>;
+  static DwconvRowsFn<Bf16, Out> select(const DwconvArgs& a) {
+    if (a.x_pixel != kPanel || a.y_pixel != kPanel) return nullptr;
+    if (a.out_width % 16 == 0) return pair_rows<K, S, 16, Out>;
+    if (a.out_width % 14 == 0) return pair_rows<K, S, 14, Out>;
+    if (a.out_width % 12 == 0) return pair_rows<K, S, 12, Out>;
+    if (a.out_width % 8 == 0) return pair_rows<K, S, 8, Out>;
+    if (a.out_width % 7 == 0) return pair_rows<K, S, 7, Out>;
     return nullptr;
   }
 };

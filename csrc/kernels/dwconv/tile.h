@@ -1,6 +1,8 @@
 // The depthwise register tile, over whichever Vec the including file chose.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/dwconv/dwconv.h"
 #include "kernels/gemm/gemm.h"
 #include "simd/activation.h"
@@ -40,12 +42,13 @@ enum class Edge {
 
 // Each input column is loaded once per row of taps and feeds every output that it touches. Columns outside the image
 // are skipped, not multiplied by zero: an infinity beyond the border must not become NaN.
-// PIXEL is the input's pixel stride where it is known (a plane of 16 channels), so that columns are displacements.
-template <int K, int S, int TW, Edge EDGE, bool PARTIAL, int PIXEL = 0, class In, class Out>
+// X_PIXEL and Y_PIXEL are the pixel strides where they are known (planes of 16 channels, alone or in pairs), so that
+// columns are displacements.
+template <int K, int S, int TW, Edge EDGE, bool PARTIAL, int X_PIXEL = 0, int Y_PIXEL = 0, class In, class Out>
 MNV4_INLINE void dwconv_tile(const DwconvRow<In, Out>& t) {
   constexpr int kLeft = EDGE == Edge::kLeft || EDGE == Edge::kBoth ? K / 2 : 0;
   constexpr int kRight = EDGE == Edge::kRight || EDGE == Edge::kBoth ? K / 2 + TW * S : (TW - 1) * S + K;
-  const ptrdiff_t x_pixel = PIXEL ? PIXEL : t.x_pixel;
+  const ptrdiff_t x_pixel = X_PIXEL ? X_PIXEL : t.x_pixel;
   const ptrdiff_t x_row = t.x_row;
   const int tap_end = t.tap_end;
   Vec acc[TW];
@@ -77,7 +80,7 @@ MNV4_INLINE void dwconv_tile(const DwconvRow<In, Out>& t) {
   }
 #pragma GCC unroll 16
   for (int o = 0; o < TW; ++o) {
-    Out* p = t.y + o * (PIXEL ? PIXEL : t.y_pixel);
+    Out* p = t.y + o * (Y_PIXEL ? Y_PIXEL : t.y_pixel);
     if (PARTIAL) {
       simd::Stored<Out>::store(p, acc[o], t.valid);
     } else {
@@ -127,21 +130,21 @@ void dwconv_row(DwconvRow<In, Out> t, int64_t out_width, int64_t width, int pad_
 }
 
 // A whole output row of a multiple of TW pixels with the usual padding of K / 2: edges known at compile time.
-template <int K, int S, int TW, int PIXEL, class In, class Out>
+template <int K, int S, int TW, int X_PIXEL, int Y_PIXEL, class In, class Out>
 MNV4_INLINE void dwconv_row_tiled(DwconvRow<In, Out>& t, int64_t out_width) {
-  const ptrdiff_t x_pixel = PIXEL ? PIXEL : t.x_pixel;
-  const ptrdiff_t y_pixel = PIXEL ? PIXEL : t.y_pixel;
+  const ptrdiff_t x_pixel = X_PIXEL ? X_PIXEL : t.x_pixel;
+  const ptrdiff_t y_pixel = Y_PIXEL ? Y_PIXEL : t.y_pixel;
   t.x -= (K / 2) * x_pixel;
-  if (out_width == TW) return dwconv_tile<K, S, TW, Edge::kBoth, false, PIXEL>(t);
-  dwconv_tile<K, S, TW, Edge::kLeft, false, PIXEL>(t);
+  if (out_width == TW) return dwconv_tile<K, S, TW, Edge::kBoth, false, X_PIXEL, Y_PIXEL>(t);
+  dwconv_tile<K, S, TW, Edge::kLeft, false, X_PIXEL, Y_PIXEL>(t);
   t.x += TW * S * x_pixel;
   t.y += TW * y_pixel;
   for (int64_t ox = TW; ox + TW < out_width; ox += TW) {
-    dwconv_tile<K, S, TW, Edge::kNone, false, PIXEL>(t);
+    dwconv_tile<K, S, TW, Edge::kNone, false, X_PIXEL, Y_PIXEL>(t);
     t.x += TW * S * x_pixel;
     t.y += TW * y_pixel;
   }
-  dwconv_tile<K, S, TW, Edge::kRight, false, PIXEL>(t);
+  dwconv_tile<K, S, TW, Edge::kRight, false, X_PIXEL, Y_PIXEL>(t);
 }
 
 // Any kernel, stride and dilation, one output pixel at a time: dilated backbones and unusual kernels.
@@ -179,12 +182,12 @@ MNV4_INLINE void place_row(const DwconvArgs& a, int64_t oy, int64_t channel, Dwc
 template <class In, class Out>
 using DwconvRowsFn = void (*)(const DwconvArgs&, DwconvRow<In, Out>&, int64_t, int64_t, int64_t);
 
-template <int K, int S, int TW, int PIXEL, class In, class Out>
+template <int K, int S, int TW, int X_PIXEL, int Y_PIXEL, class In, class Out>
 void dwconv_rows_tiled(const DwconvArgs& a, DwconvRow<In, Out>& t, int64_t channel, int64_t row_begin,
                        int64_t row_end) {
   for (int64_t oy = row_begin; oy < row_end; ++oy) {
     place_row(a, oy, channel, t);
-    dwconv_row_tiled<K, S, TW, PIXEL>(t, a.out_width);
+    dwconv_row_tiled<K, S, TW, X_PIXEL, Y_PIXEL>(t, a.out_width);
   }
 }
 
@@ -204,19 +207,32 @@ void dwconv_rows_any(const DwconvArgs& a, DwconvRow<In, Out>& t, int64_t channel
   }
 }
 
-// Whole rows of a plane of 16 channels with the usual padding of K / 2, where the width is a multiple of some tile's;
+// Whole rows of planes of 16 channels with the usual padding of K / 2, where the width is a multiple of some tile's;
 // else null. A tile's sums, K weights and one input must fit the registers: 32 with AVX-512, 16 below.
 template <class In, class Out>
 struct PlaneRows {
   template <int K, int S>
-  static DwconvRowsFn<In, Out> select(int64_t out_width) {
+  static DwconvRowsFn<In, Out> select(const DwconvArgs& a) {
     if constexpr (Vec::kWidth == kPanel) {
-      if (out_width % 16 == 0) return dwconv_rows_tiled<K, S, 16, kPanel, In, Out>;
-      if (out_width % 14 == 0) return dwconv_rows_tiled<K, S, 14, kPanel, In, Out>;
-      if (out_width % 12 == 0) return dwconv_rows_tiled<K, S, 12, kPanel, In, Out>;
-      if (out_width % 8 == 0) return dwconv_rows_tiled<K, S, 8, kPanel, In, Out>;
-      if (out_width % 7 == 0) return dwconv_rows_tiled<K, S, 7, kPanel, In, Out>;
+      if (a.x_pixel == kPanel && a.y_pixel == kPanel) return of_width<K, S, kPanel, kPanel>(a.out_width);
+      // what a matrix unit will read, from what it summed or has read, too
+      if constexpr (std::is_same_v<Out, simd::Bf16>) {
+        constexpr int kPair = 2 * kPanel;
+        constexpr int kInput = std::is_same_v<In, float> ? kPanel : kPair;
+        if (a.x_pixel == kInput && a.y_pixel == kPair) return of_width<K, S, kInput, kPair>(a.out_width);
+      }
     }
+    return nullptr;
+  }
+
+ private:
+  template <int K, int S, int X_PIXEL, int Y_PIXEL>
+  static DwconvRowsFn<In, Out> of_width(int64_t out_width) {
+    if (out_width % 16 == 0) return dwconv_rows_tiled<K, S, 16, X_PIXEL, Y_PIXEL, In, Out>;
+    if (out_width % 14 == 0) return dwconv_rows_tiled<K, S, 14, X_PIXEL, Y_PIXEL, In, Out>;
+    if (out_width % 12 == 0) return dwconv_rows_tiled<K, S, 12, X_PIXEL, Y_PIXEL, In, Out>;
+    if (out_width % 8 == 0) return dwconv_rows_tiled<K, S, 8, X_PIXEL, Y_PIXEL, In, Out>;
+    if (out_width % 7 == 0) return dwconv_rows_tiled<K, S, 7, X_PIXEL, Y_PIXEL, In, Out>;
     return nullptr;
   }
 };
@@ -226,12 +242,10 @@ DwconvRowsFn<In, Out> select_rows_of(const DwconvArgs& a, bool partial) {
   if (partial) return dwconv_rows<K, S, true, In, Out>;
   if constexpr (K <= 5) {
     if (a.pad_left == K / 2 && a.width == a.out_width * S) {
-      if (a.x_pixel == kPanel && a.y_pixel == kPanel) {
-        const DwconvRowsFn<In, Out> rows = PlaneRows<In, Out>::template select<K, S>(a.out_width);
-        if (rows) return rows;
-      }
-      if (a.out_width % 8 == 0) return dwconv_rows_tiled<K, S, 8, 0, In, Out>;
-      if (a.out_width % 7 == 0) return dwconv_rows_tiled<K, S, 7, 0, In, Out>;
+      const DwconvRowsFn<In, Out> rows = PlaneRows<In, Out>::template select<K, S>(a);
+      if (rows) return rows;
+      if (a.out_width % 8 == 0) return dwconv_rows_tiled<K, S, 8, 0, 0, In, Out>;
+      if (a.out_width % 7 == 0) return dwconv_rows_tiled<K, S, 7, 0, 0, In, Out>;
     }
   }
   return dwconv_rows<K, S, false, In, Out>;

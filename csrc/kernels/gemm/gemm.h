@@ -177,6 +177,12 @@ struct GemmArgs {
   ptrdiff_t c_row;
   ptrdiff_t c_panel;  // from a panel's columns to the next's; residual_panel for the residual
   ptrdiff_t residual_panel;
+  // For matrix units: columns of panels 2 i and 2 i + 1 lie side by side, and steps lead from two panels to the next
+  // two. Beside a last panel without partner c gets zeros.
+  bool paired = false;
+  bool residual_paired = false;
+  // the panel that c begins with
+  int64_t c_first = 0;
   int64_t n;  // columns
   // Rows are those of several images, `image_rows` of each; 0: of one. From an image to the next:
   int64_t image_rows = 0;
@@ -190,6 +196,13 @@ struct GemmArgs {
   Activation act;
   int64_t chain = kChain;
   Stream* stream = nullptr;  // or what to fetch meanwhile
+
+  // Columns of panel p, from c and from residual.
+  ptrdiff_t c_at(int64_t p) const { return panel_at(paired, p - c_first, c_panel); }
+  ptrdiff_t residual_at(int64_t p) const { return panel_at(residual_paired, p, residual_panel); }
+  static ptrdiff_t panel_at(bool paired, int64_t p, ptrdiff_t step) {
+    return paired ? p / 2 * step + p % 2 * kPanel : p * step;
+  }
 };
 
 // Rows count through all images.

@@ -247,11 +247,14 @@ class Product {
 
   void finish_rows(const float* values, int64_t image, int64_t pixel, int64_t count, int64_t panel) const {
     const auto columns = static_cast<int>(std::min<int64_t>(kPanel, args_.n - panel * kPanel));
-    auto* c = static_cast<Out*>(args_.c) + image * args_.c_image + pixel * args_.c_row + panel * args_.c_panel;
+    auto* c = static_cast<Out*>(args_.c) + image * args_.c_image + pixel * args_.c_row + args_.c_at(panel);
     const Out* residual = nullptr;
     if (args_.residual) {
       residual = static_cast<const Out*>(args_.residual) + image * args_.residual_image + pixel * args_.residual_row +
-                 panel * args_.residual_panel;
+                 args_.residual_at(panel);
+    }
+    if (args_.paired && panel % 2 == 0 && (panel + 1) * kPanel >= args_.n) {
+      for (int64_t r = 0; r < count; ++r) C::store(c + r * args_.c_row + kPanel, Vec::zero());
     }
     if (columns == kPanel && !args_.gamma && (args_.act == Activation::kNone || args_.act == Activation::kRelu)) {
       const Vec least = Vec::broadcast(args_.act == Activation::kRelu ? 0.0f : -__builtin_inff());
