@@ -222,6 +222,9 @@ inline void run_gemm(const std::string& name, const Numbers& n, const std::vecto
   args.c_row = n.at("c_row");
   args.c_panel = n.at("c_panel");
   args.c_image = n.at("c_image");
+  args.c_first = n.at("c_first");
+  args.paired = n.at("c_paired") != 0;
+  args.residual_paired = n.at("residual_paired") != 0;
   args.n = n.at("n");
   args.act = activation(act);
   args.image_rows = n.at("image_rows");

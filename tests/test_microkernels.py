@@ -216,6 +216,7 @@ class Depthwise:
         size: tuple[int, int] = (5, 7),
         channels: int = PANEL,
         plane: bool = False,
+        paired: bool = False,
         act: str = "none",
     ) -> None:
         self.kernel, self.act, self.channels, self.size = kernel, act, channels, size
@@ -228,6 +229,11 @@ class Depthwise:
         )
         self.x_pixel = PANEL if plane else channels + 3
         self.y_pixel = PANEL if plane else channels + 1
+        if paired:
+            # as a matrix unit wants bfloat16
+            self.x_pixel, self.y_pixel = (
+                2 * PANEL if type_ == torch.bfloat16 else PANEL for type_ in (input_dtype, self.output)
+            )
         self.x_row, self.y_row = size[1] * self.x_pixel + (0 if plane else 2), self.out[1] * self.y_pixel
         x = random(channels, *size, dtype=input_dtype)
         self.x = Guarded((size[0] - 1) * self.x_row + (size[1] - 1) * self.x_pixel + channels, input_dtype)
@@ -292,6 +298,15 @@ WIDTHS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 14, 15, 16, 21, 24, 28, 32)
 def test_every_width_of_a_plane_and_of_an_nhwc_map(kernel: dict[str, Any], taps: int, stride: int) -> None:
     for width, plane in itertools.product(WIDTHS, (False, True)):
         problem = Depthwise(kernel, (taps, taps), (stride, stride), size=(4, width * stride), plane=plane)
+        problem.run()
+        problem.check()
+
+
+@dwconv_rows
+@pytest.mark.parametrize(("taps", "stride"), [(3, 1), (3, 2), (5, 1), (5, 2), (7, 1)])
+def test_every_width_of_planes_in_pairs(kernel: dict[str, Any], taps: int, stride: int) -> None:
+    for width, act in itertools.product(WIDTHS, ("relu", "silu")):
+        problem = Depthwise(kernel, (taps, taps), (stride, stride), size=(4, width * stride), paired=True, act=act)
         problem.run()
         problem.check()
 

@@ -37,6 +37,9 @@ class Product:
         gamma: bool = False,
         residual: bool = False,
         panel_major: bool = False,
+        paired: bool = False,
+        paired_residual: bool = False,
+        first: int = 0,
     ) -> None:
         self.kernel, self.rows, self.n, self.images, self.act = kernel, rows, n, images, act
         self.input, self.output = dtype_of(kernel["input"]), dtype_of(kernel["output"])
@@ -56,24 +59,44 @@ class Product:
         self.packed_b = Guarded.of(pack(self.b, self.input))
         self.bias = random(self.panels * PANEL, seed=4)
         self.gamma = random(self.panels * PANEL, seed=5) if gamma else None
-        # planes of a panel each, or whole rows
-        self.c_row = PANEL if panel_major else self.n + 3
-        self.c_panel = (images * rows + 1) * PANEL if panel_major else PANEL
-        self.c_image = rows * self.c_row + (0 if panel_major else 7)
-        self.c_at = torch.tensor(
+        # planes of a panel each, of two, or whole rows; c begins with panel `first`
+        planes = PANEL if panel_major else None
+        self.steps, at = self._layout("c", 2 * PANEL if paired else planes, first)
+        self.steps["c_first"] = first
+        self.c_at = at[..., :n]
+        # what lies beside a last panel without partner
+        self.partner_at = at[..., n:] if paired else at[..., :0]
+        self.c = Guarded(int(at.max()) + 1, self.output)
+        self.residual = None
+        residual_steps, at = self._layout("residual", 2 * PANEL if paired_residual else planes, 0)
+        self.steps |= residual_steps
+        if residual:
+            self.residual = Guarded(int(at.max()) + 1, self.output)
+            self.residual.values[at[..., :n]] = random(images, rows, n, dtype=self.output, seed=6)
+            self.exact_residual = self.residual.values[at[..., :n]].double()
+
+    def _layout(self, name: str, planes: int | None, first: int) -> tuple[dict[str, int], torch.Tensor]:
+        """Strides, and where the columns from `first` on are; in planes of so many channels, or in whole rows."""
+        row = planes or self.n + 3
+        panel = (self.images * self.rows + 1) * planes if planes else PANEL
+        image = self.rows * row + (0 if planes else 7)
+        together = (planes or PANEL) // PANEL
+        columns = -(-self.panels // together) * together * PANEL if planes else self.n
+        at = torch.tensor(
             [
                 [
-                    [i * self.c_image + r * self.c_row + j // PANEL * self.c_panel + j % PANEL for j in range(n)]
-                    for r in range(rows)
+                    [
+                        i * image + r * row + (p - first) // together * panel + p % together * PANEL + j % PANEL
+                        for j in range(columns)
+                        for p in (max(j // PANEL, first),)
+                    ]
+                    for r in range(self.rows)
                 ]
-                for i in range(images)
+                for i in range(self.images)
             ]
         )
-        self.c = Guarded(int(self.c_at.max()) + 1, self.output)
-        self.residual = None
-        if residual:
-            self.residual = Guarded(self.c.values.numel(), self.output)
-            self.residual.values[self.c_at] = random(images, rows, n, dtype=self.output, seed=6)
+        steps = {"row": row, "panel": panel, "image": image, "paired": int(together == 2)}
+        return {f"{name}_{key}": value for key, value in steps.items()}, at
 
     def run(self, rows: slice | None = None, panels: slice | None = None, packed: bool = False) -> None:
         """Rows of all images and panels of these ranges, all by default."""
@@ -89,8 +112,7 @@ class Product:
             "rows_behind": 0,
             "packed": int(packed),
         }
-        numbers |= {f"c_{step}": getattr(self, f"c_{step}") for step in ("row", "panel", "image")}
-        numbers |= {f"residual_{step}": getattr(self, f"c_{step}") for step in ("row", "panel", "image")}
+        numbers |= self.steps
         numbers |= {"row_begin": rows.start, "row_end": rows.stop}
         numbers |= {"panel_begin": panels.start, "panel_end": panels.stop}
         kernels.gemm(
@@ -115,13 +137,17 @@ class Product:
             gamma = self.gamma.double()[: self.n]
             exact, bound = exact * gamma, bound * gamma.abs()
         if self.residual is not None:
-            exact = exact + self.residual.values[self.c_at].double()
+            exact = exact + self.exact_residual
         bound = bound + torch.finfo(self.output).eps * exact.abs() + EPS
         columns = slice((panels.start or 0) * PANEL, self.n if panels.stop is None else panels.stop * PANEL)
         excess = ((self.c.values[self.c_at].double() - exact).abs() - bound).flatten(0, 1)[rows, columns]
         assert bool((excess <= 0).all()), f"{self.kernel['name']}: {excess.max().item():.3g} beyond the bound"
         mine = torch.zeros_like(self.c.values, dtype=torch.bool)
         mine[self.c_at.flatten(0, 1)[rows, columns]] = True
+        if columns.stop >= self.n:
+            beside = self.partner_at.flatten(0, 1)[rows]
+            mine[beside] = True
+            assert not bool(self.c.values[beside].any()), "zeros beside the last panel"
         assert torch.equal(self.c.written(), mine)
 
 
@@ -164,6 +190,35 @@ def test_packed_rows_from_any_row_on(kernel: dict[str, Any], rows: int, images: 
             product = Product(kernel, rows, 48, segments, length, images, residual=True, panel_major=True)
             product.run(part, packed=True)
             product.check(part or slice(None))
+
+
+@matrix_rows
+@pytest.mark.parametrize("n", [16, 32, 48, 112])
+@pytest.mark.parametrize("act", ["none", "relu", "gelu"])
+def test_panels_in_pairs(kernel: dict[str, Any], act: str, n: int) -> None:
+    for residual, gamma, packed in itertools.product((False, True), repeat=3):
+        for part in (None, slice(3, 40)):
+            product = Product(kernel, 25, n, 5, 16, 2, act, gamma, residual, True, paired=True, paired_residual=True)
+            product.run(part, packed=packed)
+            product.check(part or slice(None))
+
+
+@matrix_rows
+@pytest.mark.parametrize("panels", [(0, 1), (1, 2), (1, 4), (2, 5), (4, 5)])
+def test_some_panels_of_pairs_leave_the_rest_alone(kernel: dict[str, Any], panels: tuple[int, int]) -> None:
+    product = Product(
+        kernel, 40, 80, 2, 16, act="relu", residual=True, panel_major=True, paired=True, paired_residual=True
+    )
+    product.run(panels=slice(*panels))
+    product.check(panels=slice(*panels))
+
+
+@matrix_rows
+@pytest.mark.parametrize("first", [0, 1, 2, 3])
+def test_panels_behind_the_first_that_a_result_holds(kernel: dict[str, Any], first: int) -> None:
+    product = Product(kernel, 20, 64, 2, 16, residual=True, panel_major=True, paired_residual=True, first=first)
+    product.run(panels=slice(first, 4))
+    product.check(panels=slice(first, 4))
 
 
 @gemm_rows

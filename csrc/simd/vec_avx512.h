@@ -40,6 +40,15 @@ struct Vec {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 #endif
   }
+  // b behind a
+  static MNV4_INLINE void store_bf16_pair(uint16_t* p, Vec a, Vec b) {
+#if defined(__AVX512BF16__)
+    _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b.v, a.v)));
+#else
+    a.store_bf16(p);
+    b.store_bf16(p + kWidth);
+#endif
+  }
   // p[3 i + c] is lane i of a, b and c
   static MNV4_INLINE void store_bf16_triples(uint16_t* p, Vec a, Vec b, Vec c) {
     alignas(64) uint16_t rounded[3][kWidth];

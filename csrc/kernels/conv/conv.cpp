@@ -217,9 +217,11 @@ ConvRows::ConvRows(const GemmKernel& kernel, const ConvArgs& args, float* scratc
 }
 
 void ConvRows::feed(const ConvRing& ring, int64_t channels) {
-  product_.paired = false;
   product_.c_row = ring.plane_channels;
   product_.c_panel = ring.plane_channels == kPanel ? ring.plane : kPanel;
+  // panels of whole pixels are side by side
+  product_.paired = kernel_.matrix && ring.plane_channels % (2 * kPanel) == 0;
+  if (product_.paired) product_.c_panel = 2 * kPanel;
   product_.n = channels;
 }
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "kernels/gemm/amx.h"
@@ -71,6 +72,8 @@ struct Block {
   const float* bias;
   const char* ahead[4];
   Passing passing;
+  // where the last block's sums, of as many tiles, are to go first, or null
+  float* stored;
 };
 
 MNV4_INLINE void fetch(const char* line) {
@@ -103,17 +106,27 @@ MNV4_INLINE void multiply_run(const char* a, ptrdiff_t a_row, const char* const*
   }
 }
 
+constexpr ptrdiff_t kSums = kMatrixRows * kPanel;
+
+// All rows of a tile of sums begin with the same bias. What the tile held is stored at once, so that it is free again
+// while the other ones still multiply.
+template <int T>
+MNV4_INLINE void begin_sums(const float* bias, float* stored) {
+  if (stored) store_tile<T>(stored + T * kSums, kTileRow);
+  load_tile<T>(bias, 0);
+}
+
 // Sums stay in tiles 0 to 3.
 template <int MB, int NB, Passing PASSING>
 void multiply_passing(const Block& t) {
   static_assert(MB * NB <= 4, "as many sums as there are tiles for them");
-  // all rows begin with the same bias
-  load_tile<0>(t.bias, 0);
-  if constexpr (NB >= 2) load_tile<1>(t.bias + kPanel, 0);
-  if constexpr (NB == 4) load_tile<2>(t.bias + 2 * kPanel, 0);
-  if constexpr (NB == 4) load_tile<3>(t.bias + 3 * kPanel, 0);
-  if constexpr (MB == 2) load_tile<NB>(t.bias, 0);
-  if constexpr (MB == 2 && NB == 2) load_tile<3>(t.bias + kPanel, 0);
+  // in the order in which the last block's products end
+  begin_sums<0>(t.bias, t.stored);
+  if constexpr (MB == 2) begin_sums<NB>(t.bias, t.stored);
+  if constexpr (NB >= 2) begin_sums<1>(t.bias + kPanel, t.stored);
+  if constexpr (MB == 2 && NB == 2) begin_sums<3>(t.bias + kPanel, t.stored);
+  if constexpr (NB == 4) begin_sums<2>(t.bias + 2 * kPanel, t.stored);
+  if constexpr (NB == 4) begin_sums<3>(t.bias + 3 * kPanel, t.stored);
   const Rows& rows = *t.a;
   ptrdiff_t b_at = 0;
   for (int64_t s = 0; s < rows.segments; ++s) {
@@ -135,16 +148,6 @@ void multiply(const Block& t) {
   if (t.passing == Passing::kRows) return multiply_passing<MB, NB, Passing::kRows>(t);
   if (t.passing == Passing::kWeights) return multiply_passing<MB, NB, Passing::kWeights>(t);
   multiply_passing<MB, NB, Passing::kBoth>(t);
-}
-
-constexpr ptrdiff_t kSums = kMatrixRows * kPanel;
-
-void store_sums(int64_t tiles, float* to) {
-  store_tile<0>(to, kTileRow);
-  if (tiles >= 2) store_tile<1>(to + kSums, kTileRow);
-  if (tiles < 4) return;
-  store_tile<2>(to + 2 * kSums, kTileRow);
-  store_tile<3>(to + 3 * kSums, kTileRow);
 }
 
 template <class Out>
@@ -171,15 +174,18 @@ class Product {
         const int64_t rows = std::min(count - row, blocks * kMatrixRows);
         block_.a_first = rows_.data + row * rows_.row;
         for (int64_t p = 0; p < panels; ++p) take_ahead(p);
+        const bool alike = last.panels == panels && last.tiles == blocks * panels;
+        block_.stored = alike ? sums_ : nullptr;
+        if (!alike) store_sums(last.tiles);
         multiply_block(blocks, panels);
         // while the tiles multiply
         finish(last);
-        last = {sums_[last.values == sums_[0]], row, rows, panel, panels};
-        store_sums(blocks * panels, last.values);
+        last = {row, rows, panel, panels, blocks * panels};
         row += rows;
       }
       panel += panels;
     }
+    store_sums(last.tiles);
     finish(last);
   }
 
@@ -218,12 +224,20 @@ class Product {
 
   // Sums of `rows` rows of `panels` panels: [rows / 16][panels][16][16].
   struct Sums {
-    float* values;
     int64_t row;
     int64_t rows;
     int64_t panel;
     int64_t panels;
+    int64_t tiles;
   };
+
+  void store_sums(int64_t tiles) {
+    if (tiles >= 1) store_tile<0>(sums_, kTileRow);
+    if (tiles >= 2) store_tile<1>(sums_ + kSums, kTileRow);
+    if (tiles < 4) return;
+    store_tile<2>(sums_ + 2 * kSums, kTileRow);
+    store_tile<3>(sums_ + 3 * kSums, kTileRow);
+  }
 
   // The epilogue.
   void finish(const Sums& sums) const {
@@ -238,13 +252,28 @@ class Product {
         pixel = row % args_.image_rows;
         end = std::min(end, first + args_.image_rows - pixel);
       }
-      const float* values = sums.values + (first / kMatrixRows) * sums.panels * kSums + first % kMatrixRows * kPanel;
-      for (int64_t p = 0; p < sums.panels; ++p, values += kSums)
-        finish_rows(values, image, pixel, end - first, sums.panel + p);
+      const float* values = sums_ + (first / kMatrixRows) * sums.panels * kSums + first % kMatrixRows * kPanel;
+      if (finishes_pairs(sums)) {
+        finish_rows<true>(values, image, pixel, end - first, sums.panel);
+      } else {
+        for (int64_t p = 0; p < sums.panels; ++p, values += kSums) {
+          finish_rows<false>(values, image, pixel, end - first, sums.panel + p);
+        }
+      }
       first = end;
     }
   }
 
+  bool is_plain() const { return !args_.gamma && (args_.act == Activation::kNone || args_.act == Activation::kRelu); }
+
+  // Whether a pixel's two panels lie side by side and can be written together.
+  bool finishes_pairs(const Sums& sums) const {
+    if (!std::is_same_v<Out, Bf16> || !args_.paired || sums.panels != 2 || sums.panel % 2) return false;
+    return is_plain() && (!args_.residual || args_.residual_paired);
+  }
+
+  // Of a panel, or of a pair of them.
+  template <bool PAIR>
   void finish_rows(const float* values, int64_t image, int64_t pixel, int64_t count, int64_t panel) const {
     const auto columns = static_cast<int>(std::min<int64_t>(kPanel, args_.n - panel * kPanel));
     auto* c = static_cast<Out*>(args_.c) + image * args_.c_image + pixel * args_.c_row + args_.c_at(panel);
@@ -256,10 +285,10 @@ class Product {
     if (args_.paired && panel % 2 == 0 && (panel + 1) * kPanel >= args_.n) {
       for (int64_t r = 0; r < count; ++r) C::store(c + r * args_.c_row + kPanel, Vec::zero());
     }
-    if (columns == kPanel && !args_.gamma && (args_.act == Activation::kNone || args_.act == Activation::kRelu)) {
+    if (columns == kPanel && is_plain()) {
       const Vec least = Vec::broadcast(args_.act == Activation::kRelu ? 0.0f : -__builtin_inff());
-      if (residual) return finish_plain<true>(values, least, count, c, residual);
-      return finish_plain<false>(values, least, count, c, residual);
+      if (residual) return finish_plain<true, PAIR>(values, least, count, c, residual);
+      return finish_plain<false, PAIR>(values, least, count, c, residual);
     }
     const Vec gamma = args_.gamma ? Vec::load(args_.gamma + panel * kPanel) : Vec::broadcast(1.0f);
     for (int64_t r = 0; r < count; ++r) {
@@ -270,14 +299,20 @@ class Product {
     }
   }
 
-  template <bool RESIDUAL>
+  template <bool RESIDUAL, bool PAIR>
   void finish_plain(const float* values, Vec least, int64_t count, Out* c, const Out* residual) const {
     const ptrdiff_t c_row = args_.c_row;
     const ptrdiff_t residual_row = args_.residual_row;
     const auto row = [&](int64_t r) __attribute__((always_inline)) {
       Vec y = max(least, Vec::load(values + r * kPanel));
       if constexpr (RESIDUAL) y = y + C::load(residual + r * residual_row);
-      C::store(c + r * c_row, y);
+      if constexpr (PAIR && std::is_same_v<Out, Bf16>) {
+        Vec beside = max(least, Vec::load(values + kSums + r * kPanel));
+        if constexpr (RESIDUAL) beside = beside + C::load(residual + r * residual_row + kPanel);
+        Vec::store_bf16_pair(c + r * c_row, y, beside);
+      } else {
+        C::store(c + r * c_row, y);
+      }
     };
     if (count == kMatrixRows) {
 #pragma GCC unroll 16
@@ -293,7 +328,7 @@ class Product {
   int64_t runs_;
   int64_t tail_bytes_;
   Block block_{};
-  alignas(64) float sums_[2][4 * kSums];
+  alignas(64) float sums_[4 * kSums];
   alignas(64) char tails_[4][kTileBytes];
 };
 
