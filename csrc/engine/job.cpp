@@ -297,31 +297,16 @@ DepthwiseJob::DepthwiseJob(const Planes& x, Depthwise dw, int64_t part, int64_t 
       first_row_(dw_.y.height * part / parts),
       last_row_(dw_.y.height * (part + 1) / parts) {}
 
-// Output rows that are computed of one plane before the other one's of a pair.
-constexpr int64_t kRowsOfPair = 4;
-
 void DepthwiseJob::run(const Context& context, int64_t begin, int64_t end, Worker& worker) const {
   const int64_t height = last_row_ - first_row_;
-  const int64_t image_units = height * x_.blocks();
-  // planes in pairs share their lines: some rows of both at a time
-  const int64_t beside = x_.paired() || dw_.y.paired() ? 2 : 1;
   while (begin < end) {
-    const int64_t image = begin / image_units;
-    const int64_t first = begin % image_units / (beside * height) * beside;
-    const int64_t blocks = std::min(beside, x_.blocks() - first);
-    const int64_t unit = begin % image_units - first * height;
-    const int64_t row = first_row_ + unit / blocks;
-    const int64_t block = unit % blocks;
-    // whole rows of all blocks, or what is left of one
-    const bool whole = block == 0 && end - begin >= blocks;
-    const int64_t rows =
-        whole ? std::min({last_row_ - row, (end - begin) / blocks, blocks > 1 ? kRowsOfPair : height}) : 1;
-    const int64_t count = whole ? blocks : 1;
-    for (int64_t b = first + block; b < first + block + count; ++b) {
-      dw_.run(kernel_, x_.at(context.arena, image, b), x_.pixel(), context.arena, image, b, row, row + rows,
-              worker.scratch);
-    }
-    begin += rows * count;
+    const int64_t row = first_row_ + begin % height;
+    const int64_t rows = std::min(last_row_ - row, end - begin);
+    const int64_t image = begin / height / x_.blocks();
+    const int64_t block = begin / height % x_.blocks();
+    dw_.run(kernel_, x_.at(context.arena, image, block), x_.pixel(), context.arena, image, block, row, row + rows,
+            worker.scratch);
+    begin += rows;
   }
 }
 
