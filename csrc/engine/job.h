@@ -37,7 +37,7 @@ struct Planes {
   int64_t pixel() const { return paired() ? 2 * kPanel : kPanel; }
   int64_t row() const { return width * pixel(); }
   int64_t image() const { return pixels() * (paired() ? 2 * kPanel : blocks() * kPanel); }
-  int64_t block(int64_t b) const { return paired() ? b / 2 * pair() + b % 2 * kPanel : b * plane(); }
+  int64_t block(int64_t b) const { return GemmArgs::panel_at(paired(), b, paired() ? pair() : plane()); }
   // From a pair to the next; a power of two would put all of them in the same cache sets.
   int64_t pair() const { return (paired_images * pixels() + 4) * pixel(); }
   // Elements of a plane, whatever lies between them.
@@ -201,7 +201,7 @@ struct Matrix {
   static Matrix row_major(Storage type, int64_t images, int64_t rows, int64_t columns);
   int64_t bytes() const { return images * image * storage_bytes(type); }
   // From the first panel to panel p.
-  ptrdiff_t panel_at(int64_t p) const { return paired ? p / 2 * panel + p % 2 * kPanel : p * panel; }
+  ptrdiff_t panel_at(int64_t p) const { return GemmArgs::panel_at(paired, p, panel); }
   void* at(char* arena, int64_t i) const { return advance(static_cast<void*>(arena + offset), type, i); }
 };
 

@@ -118,7 +118,7 @@ void PaddedRows::copy(int64_t iy, T* row) const {
   for (int64_t first = 0; first < args_.channels; first += kPanel) {
     const int64_t block = first / kPanel;
     const int64_t channels = std::min<int64_t>(kPanel, args_.channels - first);
-    const T* in = x + (args_.x_paired ? block / 2 * args_.x_block + block % 2 * kPanel : block * args_.x_block);
+    const T* in = x + GemmArgs::panel_at(args_.x_paired, block, args_.x_block);
     T* out = row + (blocks ? block * ring_.plane : first);
     if (blocks && args_.x_pixel == kPanel) {
       std::copy_n(in, args_.width * kPanel, out);
