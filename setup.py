@@ -7,12 +7,14 @@ pybind11 module for introspection. Environment:
 * ``MNV4_KERNELS_BUILD=0`` leaves the C++ out: a pure Python package.
 * ``MNV4_KERNELS_SANITIZE=address,undefined`` builds with those sanitizers.
 * ``CXX`` names the compiler, ``MAX_JOBS`` limits the parallel compilations.
+* ``_PYTHON_HOST_PLATFORM``, e.g. ``linux-aarch64``, is Python's own word for the machine to build for; torch's folder
+  on the path is then that machine's (`tests/emulated.sh`).
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -53,7 +55,8 @@ TIERS = {
     "avx512": (_X86, _AVX512),
     "avx512bf16": (_X86, [*_AVX512, "-mavx512bf16"]),
     "amx": (_X86, [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]),
-    "neon": (_ARM, []),
+    # not scheduled before registers are given out: GCC would load a whole tile's factors at once and spill sums
+    "neon": (_ARM, ["-fno-schedule-insns"]),
 }
 
 PURE_PYTHON_HINT = "`MNV4_KERNELS_BUILD=0 pip install .` installs the package without its C++ library."
@@ -73,6 +76,19 @@ def ops_sources(machine: str) -> list[tuple[Path, list[str]]]:
     found = sorted({path for pattern in OPS_SOURCES for path in CSRC.glob(pattern)})
     flagged = [(path, tier_flags(path, machine)) for path in found]
     return [(path, flags) for path, flags in flagged if flags is not None]
+
+
+def target_machine() -> str:
+    """The machine to build for: this one, unless Python is told otherwise."""
+    return sysconfig.get_platform().rpartition("-")[2]
+
+
+def torch_folder() -> Path:
+    """Where torch's headers and libraries are; it is not imported, for it may be another machine's."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"mnv4_kernels needs torch to build: `pip install torch`.\n{PURE_PYTHON_HINT}")
+    return Path(spec.origin).parent
 
 
 def find_compiler() -> str:
@@ -101,9 +117,8 @@ def find_ninja() -> str:
 def write_ninja_file(build_dir: Path, module_name: str) -> None:
     """Writes `build_dir`/build.ninja, whose default targets are the ops library and `module_name`."""
     import pybind11
-    import torch
 
-    torch_root = Path(torch.__file__).parent
+    torch_root = torch_folder()
     sanitizers = os.environ.get("MNV4_KERNELS_SANITIZE", "")
     # the unrolled tiles take minutes a file at -O3 once every access is checked, seconds at -O1
     sanitize = [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-O1", "-g1"] if sanitizers else []
@@ -127,7 +142,7 @@ def write_ninja_file(build_dir: Path, module_name: str) -> None:
         "  description = link $out",
     ]
     objects = []
-    for source, flags in ops_sources(platform.machine()):
+    for source, flags in ops_sources(target_machine()):
         objects.append(_compile(lines, source, [*flags, *(torch_flags if source.parent == OPS else [])]))
     library = f"lib/{OPS_LIBRARY}"
     exports = CSRC / "exports.map"

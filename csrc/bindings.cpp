@@ -21,7 +21,7 @@ using mnv4::cpu::Tier;
 
 namespace {
 
-constexpr Tier kTiers[] = {Tier::kScalar, Tier::kAvx2, Tier::kAvx512, Tier::kAvx512Bf16, Tier::kAmx};
+constexpr Tier kTiers[] = {Tier::kScalar, Tier::kNeon, Tier::kAvx2, Tier::kAvx512, Tier::kAvx512Bf16, Tier::kAmx};
 
 Tier tier_of(const std::string& name) {
   std::string known;

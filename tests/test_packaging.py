@@ -136,7 +136,7 @@ class TestModule:
         assert library.detected_tier() == detected
 
     def test_an_unknown_tier_is_named_with_the_known_ones(self) -> None:
-        with pytest.raises(ValueError, match=r"`tier` must be one of scalar, avx2, .*got 'sse9'"):
+        with pytest.raises(ValueError, match=r"`tier` must be one of scalar, neon, avx2, .*got 'sse9'"):
             native.module().set_tier_cap("sse9")
 
     def test_the_environment_caps_the_tier(self) -> None:

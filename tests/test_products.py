@@ -12,6 +12,7 @@ import pytest
 import torch
 from microkernels import EPS, LISTS, PANEL, Guarded, dtype_of, kernels, pack, random, rows_of
 
+from mnv4_kernels.backends import native
 from mnv4_kernels.ops.activation import ACTIVATIONS
 from mnv4_kernels.testing import forced_tier, tiers
 
@@ -251,7 +252,7 @@ def test_nan_and_infinity_stay_in_their_row(kernel: dict[str, Any]) -> None:
 
 def test_a_tier_with_a_matrix_unit_takes_its_kernels_for_bfloat16() -> None:
     units = {row["tier"] for row in LISTS["gemm"] if row["matrix"]}
-    assert units == {"amx"}
+    assert units == ({"amx"} if "amx" in native.module().compiled_tiers() else set())
     for tier in tiers():
         with forced_tier(tier):
             assert kernels.gemm_name("bfloat16", "bfloat16").endswith("_amx") == (tier in units)

@@ -14,7 +14,7 @@
 namespace mnv4::cpu {
 namespace {
 
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512bf16", "amx"};
+constexpr const char* kNames[] = {"scalar", "neon", "avx2", "avx512", "avx512bf16", "amx"};
 
 #if defined(__x86_64__)
 // Tiles of the matrix unit, products of bfloat16, and Linux's permission to use their registers, which a process has to
@@ -50,8 +50,12 @@ Tier detect() {
   if (bf16) return Tier::kAvx512Bf16;
   if (avx512) return Tier::kAvx512;
   if (avx2) return Tier::kAvx2;
-#endif
   return Tier::kScalar;
+#elif defined(__aarch64__)
+  return Tier::kNeon;
+#else
+  return Tier::kScalar;
+#endif
 }
 
 constexpr int kNoCap = static_cast<int>(Tier::kAmx);
@@ -91,6 +95,8 @@ bool parse_tier(const char* name, Tier* tier) {
 std::vector<Tier> compiled_tiers() {
 #if defined(__x86_64__)
   return {Tier::kScalar, Tier::kAvx2, Tier::kAvx512, Tier::kAvx512Bf16, Tier::kAmx};
+#elif defined(__aarch64__)
+  return {Tier::kScalar, Tier::kNeon};
 #else
   return {Tier::kScalar};
 #endif

@@ -6,7 +6,7 @@
 namespace mnv4::cpu {
 
 // Ordered: a later tier includes every earlier one of its architecture.
-enum class Tier { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
+enum class Tier { kScalar, kNeon, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 const char* tier_name(Tier tier);
 

@@ -16,6 +16,8 @@ struct Vec {
 
   static MNV4_INLINE Vec zero() { return {_mm256_setzero_ps()}; }
   static MNV4_INLINE Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
+  // one float as a factor of every lane
+  static MNV4_INLINE Vec factor(const float* p) { return broadcast(*p); }
   static MNV4_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static MNV4_INLINE Vec load(const float* p, int n) { return {_mm256_maskload_ps(p, mask(n))}; }
   static MNV4_INLINE Vec load_bf16(const uint16_t* p) {

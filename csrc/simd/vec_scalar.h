@@ -27,6 +27,8 @@ struct Vec {
 
   static MNV4_INLINE Vec zero() { return {0.0f}; }
   static MNV4_INLINE Vec broadcast(float x) { return {x}; }
+  // one float as a factor of every lane
+  static MNV4_INLINE Vec factor(const float* p) { return broadcast(*p); }
   static MNV4_INLINE Vec load(const float* p) { return {*p}; }
   static MNV4_INLINE Vec load(const float* p, int n) { return {n > 0 ? *p : 0.0f}; }
   static MNV4_INLINE Vec load_bf16(const uint16_t* p) { return {float_of(static_cast<uint32_t>(*p) << 16)}; }

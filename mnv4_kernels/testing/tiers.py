@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from ..backends import native
 
 #: Every tier that some build has, lowest first; what tests are parametrised over, with the absent ones skipped.
-KNOWN_TIERS = ("scalar", "avx2", "avx512", "avx512bf16", "amx")
+KNOWN_TIERS = ("scalar", "neon", "avx2", "avx512", "avx512bf16", "amx")
 
 
 def tiers() -> list[str]:

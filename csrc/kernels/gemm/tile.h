@@ -20,9 +20,12 @@ struct Operand<float> {
   static constexpr Storage kStorage = Storage::kFloat32;
   static constexpr int kGroup = 1;
   using Packed = Vec;
-  static MNV4_INLINE Packed broadcast(const float* p) { return Vec::broadcast(*p); }
+  static MNV4_INLINE auto broadcast(const float* p) { return Vec::factor(p); }
   static MNV4_INLINE Packed load(const float* p) { return Vec::load(p); }
-  static MNV4_INLINE Vec multiply_add(Packed x, Packed w, Vec sum) { return fma(x, w, sum); }
+  template <class Factor>
+  static MNV4_INLINE Vec multiply_add(Factor x, Packed w, Vec sum) {
+    return fma(x, w, sum);
+  }
 };
 
 // An image's 3 x 3 window, row by row: three taps of one channel, or of all three of an image's, of which fewer are
@@ -94,7 +97,7 @@ void gemm_tile(const GemmTile& t) {
       b += kPanel * A::kGroup;
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) {
-        const typename A::Packed x = A::broadcast(base[r / kRowsPerBase] + (r % kRowsPerBase) * row);
+        const auto x = A::broadcast(base[r / kRowsPerBase] + (r % kRowsPerBase) * row);
 #pragma GCC unroll 64
         for (int v = 0; v < kVectors; ++v) acc[r][v] = A::multiply_add(x, w[v], acc[r][v]);
       }
