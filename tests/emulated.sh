@@ -6,11 +6,9 @@
 # Usage: tests/emulated.sh [FOLDER [pytest's arguments]]; FOLDER keeps the emulated machine for the next time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-project=$PWD
 
 readonly TESTS=(tests/test_microkernels.py tests/test_engine_models.py::test_every_tier_is_as_exact
   -k 'not scalar-dtype')
-readonly EXTENSION=.cpython-%s-aarch64-linux-gnu.so
 readonly CORES=2
 
 keep=${1:-}
@@ -70,12 +68,10 @@ mkdir "$work/project"
 cp -r setup.py pyproject.toml README.md LICENSE csrc tests "$work/project"
 tar -c --exclude='*.so' --exclude=__pycache__ mnv4_kernels | tar -x -C "$work/project"
 cd "$work/project"
-# shellcheck disable=SC2059
-suffix=$(printf "$EXTENSION" "${version/./}")
-PYTHONPATH=$site _PYTHON_HOST_PLATFORM=linux-aarch64 CXX=aarch64-linux-gnu-g++ SETUPTOOLS_EXT_SUFFIX=$suffix \
+PYTHONPATH=$site _PYTHON_HOST_PLATFORM=linux-aarch64 CXX=aarch64-linux-gnu-g++ \
+  SETUPTOOLS_EXT_SUFFIX=.cpython-${version/./}-aarch64-linux-gnu.so \
   python setup.py -q build_ext --inplace --build-temp "$work/build"
 
 python_of_arm -m mnv4_kernels info | sed -n 1,12p
 (($# > 0)) || set -- "${TESTS[@]}"
 python_of_arm -m pytest -q -p no:cacheprovider "$@"
-cd "$project"
