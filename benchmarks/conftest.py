@@ -29,6 +29,12 @@ Medians = dict[tuple[str, str, str], dict[str, float]]
 MEDIANS: pytest.StashKey[Medians] = pytest.StashKey()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One at a time: what is timed has the machine to itself."""
+    return 0
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("mnv4_kernels ops")
     models = sorted(path.stem for path in FOLDER.glob("*.csv"))

@@ -1,11 +1,20 @@
-"""Each test starts from the same random state and leaves the thread count as it was."""
+"""Each test starts from the same random state and leaves the thread count as it was; workers share the cores."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """What compares times has the machine to itself."""
+    return 0 if config.option.markexpr == "speed" else None
 
 
 @pytest.fixture(autouse=True)

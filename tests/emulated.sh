@@ -74,4 +74,4 @@ PYTHONPATH=$site _PYTHON_HOST_PLATFORM=linux-aarch64 CXX=aarch64-linux-gnu-g++ \
 
 python_of_arm -m mnv4_kernels info | sed -n 1,12p
 (($# > 0)) || set -- "${TESTS[@]}"
-python_of_arm -m pytest -q -p no:cacheprovider "$@"
+python_of_arm -m pytest -q -n 0 -p no:cacheprovider "$@"

@@ -41,6 +41,8 @@ def run_suite(*options: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     # the package that is tested, installed or not
     paths = [str(Path(mnv4_kernels.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    # a worker of pytest-xdist is nowhere to time anything, to pytest-benchmark; its child is not one
+    environment.pop("PYTEST_XDIST_WORKER", None)
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
 
 
