@@ -34,6 +34,11 @@ inline void load_tile(const void* from, ptrdiff_t row_bytes) {
 }
 
 template <int T>
+inline void clear_tile() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(T));
+}
+
+template <int T>
 inline void store_tile(void* to, ptrdiff_t row_bytes) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(row_bytes), "i"(T) : "memory");
 }

@@ -69,7 +69,6 @@ struct Block {
   const char* b[4];
   // weights of the last run where K ends within it, filled up with zeros; else null
   const char* b_tail[4];
-  const float* bias;
   const char* ahead[4];
   Passing passing;
   // where the last block's sums, of as many tiles, are to go first, or null
@@ -108,12 +107,11 @@ MNV4_INLINE void multiply_run(const char* a, ptrdiff_t a_row, const char* const*
 
 constexpr ptrdiff_t kSums = kMatrixRows * kPanel;
 
-// All rows of a tile of sums begin with the same bias. What the tile held is stored at once, so that it is free again
-// while the other ones still multiply.
+// What the tile held is stored at once, so that it is free again while the other ones still multiply.
 template <int T>
-MNV4_INLINE void begin_sums(const float* bias, float* stored) {
+MNV4_INLINE void begin_sums(float* stored) {
   if (stored) store_tile<T>(stored + T * kSums, kTileRow);
-  load_tile<T>(bias, 0);
+  clear_tile<T>();
 }
 
 // Sums stay in tiles 0 to 3.
@@ -121,12 +119,12 @@ template <int MB, int NB, Passing PASSING>
 void multiply_passing(const Block& t) {
   static_assert(MB * NB <= 4, "as many sums as there are tiles for them");
   // in the order in which the last block's products end
-  begin_sums<0>(t.bias, t.stored);
-  if constexpr (MB == 2) begin_sums<NB>(t.bias, t.stored);
-  if constexpr (NB >= 2) begin_sums<1>(t.bias + kPanel, t.stored);
-  if constexpr (MB == 2 && NB == 2) begin_sums<3>(t.bias + kPanel, t.stored);
-  if constexpr (NB == 4) begin_sums<2>(t.bias + 2 * kPanel, t.stored);
-  if constexpr (NB == 4) begin_sums<3>(t.bias + 3 * kPanel, t.stored);
+  begin_sums<0>(t.stored);
+  if constexpr (MB == 2) begin_sums<NB>(t.stored);
+  if constexpr (NB >= 2) begin_sums<1>(t.stored);
+  if constexpr (MB == 2 && NB == 2) begin_sums<3>(t.stored);
+  if constexpr (NB == 4) begin_sums<2>(t.stored);
+  if constexpr (NB == 4) begin_sums<3>(t.stored);
   const Rows& rows = *t.a;
   ptrdiff_t b_at = 0;
   for (int64_t s = 0; s < rows.segments; ++s) {
@@ -200,7 +198,6 @@ class Product {
 
   void place_weights(int64_t panel, int64_t panels) {
     block_.a = &rows_;
-    block_.bias = args_.bias + panel * kPanel;
     for (int64_t p = 0; p < panels; ++p) {
       block_.b[p] = static_cast<const char*>(advance(args_.b, Storage::kBfloat16, (panel + p) * args_.b_panel));
       block_.b_tail[p] = nullptr;
@@ -285,14 +282,16 @@ class Product {
     if (args_.paired && panel % 2 == 0 && (panel + 1) * kPanel >= args_.n) {
       for (int64_t r = 0; r < count; ++r) C::store(c + r * args_.c_row + kPanel, Vec::zero());
     }
+    const float* bias = args_.bias + panel * kPanel;
     if (columns == kPanel && is_plain()) {
       const Vec least = Vec::broadcast(args_.act == Activation::kRelu ? 0.0f : -__builtin_inff());
-      if (residual) return finish_plain<true, PAIR>(values, least, count, c, residual);
-      return finish_plain<false, PAIR>(values, least, count, c, residual);
+      if (residual) return finish_plain<true, PAIR>(values, bias, least, count, c, residual);
+      return finish_plain<false, PAIR>(values, bias, least, count, c, residual);
     }
+    const Vec first = Vec::load(bias);
     const Vec gamma = args_.gamma ? Vec::load(args_.gamma + panel * kPanel) : Vec::broadcast(1.0f);
     for (int64_t r = 0; r < count; ++r) {
-      Vec y = simd::activate(args_.act, Vec::load(values + r * kPanel));
+      Vec y = simd::activate(args_.act, Vec::load(values + r * kPanel) + first);
       if (args_.gamma) y = y * gamma;
       if (residual) y = y + C::load(residual + r * args_.residual_row, columns);
       C::store(c + r * args_.c_row, y, columns);
@@ -300,14 +299,17 @@ class Product {
   }
 
   template <bool RESIDUAL, bool PAIR>
-  void finish_plain(const float* values, Vec least, int64_t count, Out* c, const Out* residual) const {
+  void finish_plain(const float* values, const float* bias, Vec least, int64_t count, Out* c,
+                    const Out* residual) const {
+    const Vec first = Vec::load(bias);
+    const Vec second = PAIR ? Vec::load(bias + kPanel) : Vec::zero();
     const ptrdiff_t c_row = args_.c_row;
     const ptrdiff_t residual_row = args_.residual_row;
     const auto row = [&](int64_t r) __attribute__((always_inline)) {
-      Vec y = max(least, Vec::load(values + r * kPanel));
+      Vec y = max(least, Vec::load(values + r * kPanel) + first);
       if constexpr (RESIDUAL) y = y + C::load(residual + r * residual_row);
       if constexpr (PAIR && std::is_same_v<Out, Bf16>) {
-        Vec beside = max(least, Vec::load(values + kSums + r * kPanel));
+        Vec beside = max(least, Vec::load(values + kSums + r * kPanel) + second);
         if constexpr (RESIDUAL) beside = beside + C::load(residual + r * residual_row + kPanel);
         Vec::store_bf16_pair(c + r * c_row, y, beside);
       } else {
