@@ -45,6 +45,10 @@ constexpr ptrdiff_t row_stride(int variant) {
   return strides[variant];
 }
 
+// Rows of a pair of panels whose factor each of its two multiply-adds loads. A third fewer instructions, which a core
+// that does another's work at the same time has time for; of all rows, the loads would be too many.
+constexpr int kLoadedTwice = 6;
+
 // MR rows by NP panels. Sums run over K in order, one fused multiply-add each, so that every tile shape gives the
 // same bits. With a compiled row stride all rows are displacements of one pointer; else one pointer serves three rows,
 // base + {0, 1, 2} * row: x86 can scale an index by 2, and there are registers for them all.
@@ -97,7 +101,15 @@ void gemm_tile(const GemmTile& t) {
       b += kPanel * A::kGroup;
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) {
-        const auto x = A::broadcast(base[r / kRowsPerBase] + (r % kRowsPerBase) * row);
+        const In* factor = base[r / kRowsPerBase] + (r % kRowsPerBase) * row;
+        if constexpr (NP == 2) {
+          if (kRow && r < kLoadedTwice) {
+#pragma GCC unroll 64
+            for (int v = 0; v < kVectors; ++v) acc[r][v] = fma(factor, w[v], acc[r][v]);
+            continue;
+          }
+        }
+        const auto x = A::broadcast(factor);
 #pragma GCC unroll 64
         for (int v = 0; v < kVectors; ++v) acc[r][v] = A::multiply_add(x, w[v], acc[r][v]);
       }
