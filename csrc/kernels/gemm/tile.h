@@ -45,8 +45,8 @@ constexpr ptrdiff_t row_stride(int variant) {
   return strides[variant];
 }
 
-// Rows of a pair of panels whose factor each of its two multiply-adds loads. A third fewer instructions, which a core
-// that does another's work at the same time has time for; of all rows, the loads would be too many.
+// Rows of a pair of panels whose factor each of its two multiply-adds loads: an instruction a row fewer, for cores that
+// do another's work at the same time; of all rows, the loads would be too many.
 constexpr int kLoadedTwice = 6;
 
 // MR rows by NP panels. Sums run over K in order, one fused multiply-add each, so that every tile shape gives the
