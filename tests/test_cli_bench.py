@@ -425,6 +425,11 @@ class TestReport:
         assert "width='480.0'" in drawing
         assert "width='192.0'" in drawing
 
+    def test_provenance_shows_no_path_of_this_machine(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "argv", ["bench", "bench", "conv_small", "--cache", str(tmp_path), "--json", "a.json"])
+        expected = f"python -m mnv4_kernels bench conv_small --cache {tmp_path.name} --json a.json"
+        assert provenance()["command"] == expected
+
     def test_provenance_names_command_machine_and_versions(self) -> None:
         facts = provenance()
         assert {"command", "commit", "date", "cpu", "gpu", "energy", "python", "versions"} == set(facts)

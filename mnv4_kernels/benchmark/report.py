@@ -285,9 +285,10 @@ def made_now() -> dict[str, Any]:
 
 
 def provenance() -> dict[str, Any]:
-    """Command, commit, date, machine and versions of this run."""
+    """Command, commit, date, machine and versions of this run; absolute paths by their last names."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     return {
-        "command": shlex.join(["python", "-m", "mnv4_kernels", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "mnv4_kernels", *words]),
         **made_now(),
         "cpu": device.cpu_name(),
         "gpu": device.gpu_name(),
