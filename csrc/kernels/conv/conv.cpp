@@ -60,8 +60,8 @@ ConvRing::ConvRing(const ConvArgs& a) {
   const int64_t reach = (a.out_width - 1) * a.stride_w + static_cast<int64_t>(a.kernel_w - 1) * a.dilation_w + 1;
   width = std::max(reach, a.pad_left + a.width) + past;
   plane = width * plane_channels;
-  // one panel more than the row: rows whose pitch is a power of two would share L1 sets
-  slot = round_up(planes * plane, kPanel) + kPanel;
+  // A line more than the row: rows whose pitch is a power of two would share L1 sets. In bfloat16 a line is two panels.
+  slot = round_up(planes * plane, 2 * kPanel) + 2 * kPanel;
 }
 
 int64_t ConvRing::slot_of(int64_t row) const {
@@ -189,7 +189,8 @@ void PaddedRows::advance_to(int64_t first) {
 }
 
 int64_t conv_scratch(const ConvArgs& a) {
-  return round_up(PaddedRows::floats(a), kPanel) + segment_floats(ConvRing(a).segments);
+  const int64_t own = round_up(PaddedRows::floats(a), kPanel) + segment_floats(ConvRing(a).segments);
+  return std::max(own, round_up(StemRows::floats(a), kPanel));
 }
 
 ConvRows::ConvRows(const GemmKernel& kernel, const ConvArgs& args, float* scratch, ConvRows* source)
@@ -214,6 +215,7 @@ ConvRows::ConvRows(const GemmKernel& kernel, const ConvArgs& args, float* scratc
   // behind the ring lies wide_row_, as long as a row of float32
   if (args.out_width >= kMatrixRows) product_.rows_behind = kMatrixRows;
   product_.stream = args.stream;
+  if (!source && StemRows::takes(kernel, args)) stem_.emplace(kernel, args, scratch);
 }
 
 void ConvRows::feed(const ConvRing& ring, int64_t channels) {
@@ -244,10 +246,11 @@ void ConvRows::fill_segments(int64_t iy) {
 }
 
 void ConvRows::row(int64_t oy, void* y) {
+  product_.c = y;
+  if (stem_) return stem_->row(oy, product_);
   const int64_t first = oy * args_.stride_h - args_.pad_top;
   rows_.advance_to(first);
   fill_segments(first);
-  product_.c = y;
   gemm(kernel_, product_, 0, args_.out_width, 0, div_up(product_.n, kPanel));
 }
 

@@ -74,6 +74,8 @@ struct MatrixUnit {
   // What MatrixSession calls.
   void (*begin)();
   void (*end)();
+  // For products of another driver, within a session: tiles of so many rows.
+  void (*configure)(int64_t rows);
 };
 
 inline constexpr int64_t kMatrixRows = 16;

@@ -436,7 +436,7 @@ void product(const GemmArgs& args, int64_t row_begin, int64_t row_end, int64_t p
 }
 
 template <class Out>
-constexpr MatrixUnit kUnit{product<Out>, pack_rows, begin, end};
+constexpr MatrixUnit kUnit{product<Out>, pack_rows, begin, end, configure};
 
 template <class Out>
 constexpr GemmKernel make_matrix_kernel(const char* name) {
