@@ -11,10 +11,12 @@
 #include <vector>
 
 #include "cpu/features.h"
+#include "kernels/conv/conv.h"
 #include "kernels/dwconv/dwconv.h"
 #include "kernels/gemm/gemm.h"
 #include "kernels/peak/peak.h"
 #include "kernels/pointwise/pointwise.h"
+#include "kernels/stem/stem.h"
 #include "kernels/winograd/winograd.h"
 
 namespace mnv4 {
@@ -31,6 +33,9 @@ namespace mnv4 {
 #define MNV4_WINOGRAD_KERNELS(tier, name) extern const WinogradKernels name;
 #include "kernels/winograd/winograd.inc"
 #undef MNV4_WINOGRAD_KERNELS
+#define MNV4_STEM_KERNEL(tier, name) extern const StemKernel name;
+#include "kernels/stem/stem.inc"
+#undef MNV4_STEM_KERNEL
 #define MNV4_PEAK_KERNEL(tier, name, bf16) extern const PeakKernel name;
 #include "kernels/peak/peak.inc"
 #undef MNV4_PEAK_KERNEL
@@ -76,6 +81,14 @@ inline std::vector<Row<WinogradKernels>> winograd_rows() {
 #define MNV4_WINOGRAD_KERNELS(tier, name) {tier, #name, &name},
 #include "kernels/winograd/winograd.inc"
 #undef MNV4_WINOGRAD_KERNELS
+  };
+}
+
+inline std::vector<Row<StemKernel>> stem_rows() {
+  return {
+#define MNV4_STEM_KERNEL(tier, name) {tier, #name, &name},
+#include "kernels/stem/stem.inc"
+#undef MNV4_STEM_KERNEL
   };
 }
 
@@ -151,6 +164,7 @@ inline py::dict lists() {
   found["dwconv"] = all_facts(dwconv_rows());
   found["pointwise"] = all_facts(pointwise_rows());
   found["winograd"] = all_facts(winograd_rows());
+  found["stem"] = all_facts(stem_rows());
   found["peak"] = all_facts(peak_rows());
   return found;
 }
@@ -278,6 +292,56 @@ inline void run_dwconv(const std::string& name, const Numbers& n, const std::str
   kernel.run(args, n.at("row_begin"), n.at("row_end"), n.at("channel_begin"), n.at("channel_end"));
 }
 
+// Rows [row_begin, row_end) of an image's first convolution in bfloat16 by the tier in use; false if it has no kernel
+// for them. `weight` is OIHW in float32; scratch is NaN at first.
+inline bool run_stem(const Numbers& n, const std::string& act, const py::buffer& x, const py::buffer& weight,
+                     const py::buffer& bias, const py::buffer& y) {
+  const auto small = [&](const char* key) { return static_cast<int>(n.at(key)); };
+  ConvArgs args{};
+  args.x = data(x);
+  args.x_type = Storage::kFloat32;
+  args.x_channel = n.at("x_channel");
+  args.x_row = n.at("x_row");
+  args.x_pixel = n.at("x_pixel");
+  args.channels = 3;
+  args.height = n.at("height");
+  args.width = n.at("width");
+  args.bias = static_cast<const float*>(data(bias));
+  args.out_channels = n.at("out_channels");
+  args.out_height = n.at("out_height");
+  args.out_width = n.at("out_width");
+  args.kernel_h = args.kernel_w = 3;
+  args.stride_h = args.stride_w = small("stride");
+  args.pad_top = small("pad_top");
+  args.pad_left = small("pad_left");
+  args.dilation_h = args.dilation_w = 1;
+  args.act = activation(act);
+  args.pairs = true;
+  const GemmKernel& kernel = gemm_kernel(Storage::kBfloat16, Storage::kBfloat16);
+  if (!StemRows::takes(kernel, args)) return false;
+
+  const int64_t panels = div_up(args.out_channels, kPanel);
+  const int64_t depth = conv_depth(args.shape());
+  std::vector<float> packed(static_cast<size_t>(panels * depth * kPanel));
+  std::vector<uint16_t> pairs(packed.size());
+  pack_conv(static_cast<const float*>(data(weight)), args.out_channels, args.shape(), packed.data());
+  pack_pairs(packed.data(), panels, depth, pairs.data());
+  args.weight = pairs.data();
+  std::vector<float> scratch(static_cast<size_t>(StemRows::floats(args)), __builtin_nanf(""));
+  StemRows rows(kernel, args, scratch.data());
+  GemmArgs out{};
+  out.c_row = n.at("y_pixel");
+  out.c_panel = n.at("y_panel");
+  out.paired = n.at("y_paired") != 0;
+  out.n = args.out_channels;
+  out.act = args.act;
+  for (int64_t oy = n.at("row_begin"); oy < n.at("row_end"); ++oy) {
+    out.c = advance(data(y, true), Storage::kBfloat16, oy * n.at("y_row"));
+    rows.row(oy, out);
+  }
+  return true;
+}
+
 inline void define(py::module_& m) {
   m.def("lists", &lists, "Every family's list, best kernel first: what each row says of itself.");
   m.attr("any_row") = static_cast<int>(kAnyRow);
@@ -297,6 +361,8 @@ inline void define(py::module_& m) {
       "A product by kernel `name`; `numbers` are the fields of GemmArgs, the rows and panels, `images` and `packed`.");
   m.def("dwconv", &run_dwconv, py::arg("name"), py::arg("numbers"), py::arg("act"), py::arg("x"), py::arg("weight"),
         py::arg("bias"), py::arg("y"), "Rows and channels of a depthwise convolution by kernel `name`.");
+  m.def("stem", &run_stem, py::arg("numbers"), py::arg("act"), py::arg("x"), py::arg("weight"), py::arg("bias"),
+        py::arg("y"), "Rows of an image's first convolution; whether the tier in use has a kernel for it.");
   m.def(
       "convert",
       [](const std::string& name, const std::string& type, bool widen, const py::buffer& x, const py::buffer& y,

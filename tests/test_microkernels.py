@@ -529,7 +529,8 @@ def test_lists_go_from_the_best_tier_to_the_scalar_one(family: str) -> None:
     order = native.module().compiled_tiers()
     ranks = [order.index(row["tier"]) for row in LISTS[family]]
     assert ranks == sorted(ranks, reverse=True)
-    assert ranks[-1] == 0
+    # a tier without a kernel for the stem computes it as any dense convolution
+    assert family == "stem" or ranks[-1] == 0
 
 
 def test_a_kernel_that_does_not_exist_is_an_error() -> None:

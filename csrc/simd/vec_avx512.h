@@ -29,19 +29,21 @@ struct Vec {
   }
   MNV4_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
   MNV4_INLINE void store(float* p, int n) const { _mm512_mask_storeu_ps(p, mask(n), v); }
-  MNV4_INLINE void store_bf16(uint16_t* p) const {
+  // in bfloat16
+  MNV4_INLINE __m256i rounded() const {
 #if defined(__AVX512BF16__)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+    return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
 #else
-    // round to nearest even; NaN keeps a set mantissa bit
+    // to nearest even; NaN keeps a set mantissa bit
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_or_si512(bits, _mm512_set1_epi32(0x400000)));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 #endif
   }
+  MNV4_INLINE void store_bf16(uint16_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded()); }
   // b behind a
   static MNV4_INLINE void store_bf16_pair(uint16_t* p, Vec a, Vec b) {
 #if defined(__AVX512BF16__)
@@ -53,12 +55,8 @@ struct Vec {
   }
   // p[3 i + c] is lane i of a, b and c
   static MNV4_INLINE void store_bf16_triples(uint16_t* p, Vec a, Vec b, Vec c) {
-    alignas(64) uint16_t rounded[3][kWidth];
-    a.store_bf16(rounded[0]);
-    b.store_bf16(rounded[1]);
-    c.store_bf16(rounded[2]);
-    const __m512i ab = _mm512_load_si512(rounded[0]);
-    const __m512i cc = _mm512_castsi256_si512(_mm256_load_si256(reinterpret_cast<const __m256i*>(rounded[2])));
+    const __m512i ab = _mm512_inserti64x4(_mm512_castsi256_si512(a.rounded()), b.rounded(), 1);
+    const __m512i cc = _mm512_castsi256_si512(c.rounded());
     const __m512i first = _mm512_set_epi16(26, 10, 41, 25, 9, 40, 24, 8, 39, 23, 7, 38, 22, 6, 37, 21, 5, 36, 20, 4, 35,
                                            19, 3, 34, 18, 2, 33, 17, 1, 32, 16, 0);
     const __m512i rest = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 47, 31, 15, 46, 30, 14, 45,
