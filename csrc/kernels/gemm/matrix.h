@@ -114,9 +114,14 @@ MNV4_INLINE void begin_sums(float* stored) {
   clear_tile<T>();
 }
 
+// Nothing to do between the runs of a block.
+struct Idle {
+  MNV4_INLINE void step() {}
+};
+
 // Sums stay in tiles 0 to 3.
-template <int MB, int NB, Passing PASSING>
-void multiply_passing(const Block& t) {
+template <int MB, int NB, Passing PASSING, class Meanwhile>
+void multiply_passing(const Block& t, Meanwhile& meanwhile) {
   static_assert(MB * NB <= 4, "as many sums as there are tiles for them");
   // in the order in which the last block's products end
   begin_sums<0>(t.stored);
@@ -136,17 +141,98 @@ void multiply_passing(const Block& t) {
         if (t.ahead[p]) fetch(t.ahead[p] + b_at);
       }
       multiply_run<MB, NB, PASSING>(a, rows.row, t.b, b_at);
+      meanwhile.step();
     }
-    if (t.b_tail[0]) multiply_run<MB, NB, PASSING>(a, rows.row, t.b_tail, 0);
+    if (t.b_tail[0]) {
+      multiply_run<MB, NB, PASSING>(a, rows.row, t.b_tail, 0);
+      meanwhile.step();
+    }
   }
 }
 
-template <int MB, int NB>
-void multiply(const Block& t) {
-  if (t.passing == Passing::kRows) return multiply_passing<MB, NB, Passing::kRows>(t);
-  if (t.passing == Passing::kWeights) return multiply_passing<MB, NB, Passing::kWeights>(t);
-  multiply_passing<MB, NB, Passing::kBoth>(t);
+template <int MB, int NB, class Meanwhile>
+void multiply(const Block& t, Meanwhile meanwhile) {
+  if (t.passing == Passing::kRows) return multiply_passing<MB, NB, Passing::kRows>(t, meanwhile);
+  if (t.passing == Passing::kWeights) return multiply_passing<MB, NB, Passing::kWeights>(t, meanwhile);
+  multiply_passing<MB, NB, Passing::kBoth>(t, meanwhile);
 }
+
+// The epilogue of two panels' sums, a few rows at a time: between the runs of the next block it costs next to nothing,
+// behind them all that it takes, since a processor doesn't look past that many tiles. Results of two panels lie side by
+// side (in bfloat16) or each for itself (in float32).
+template <class Out, bool RESIDUAL>
+class Trickle {
+  using C = simd::Stored<Out>;
+
+ public:
+  // `rows` rows, the first of which is number `pixel` of image `image`, in steps of `pace`.
+  Trickle(const GemmArgs& args, const float* sums, int64_t panel, int64_t image, int64_t pixel, int64_t rows,
+          int64_t pace)
+      : values_(sums),
+        end_(rows),
+        pace_(pace),
+        left_(args.image_rows ? args.image_rows - pixel : rows),
+        image_rows_(args.image_rows),
+        c_row_(args.c_row),
+        c_skip_(args.c_image - args.image_rows * args.c_row),
+        beside_(args.c_at(panel + 1) - args.c_at(panel)),
+        c_(static_cast<Out*>(args.c) + image * args.c_image + pixel * args.c_row + args.c_at(panel)),
+        first_(Vec::load(args.bias + panel * kPanel)),
+        second_(Vec::load(args.bias + (panel + 1) * kPanel)),
+        least_(Vec::broadcast(args.act == Activation::kRelu ? 0.0f : -__builtin_inff())) {
+    if constexpr (RESIDUAL) {
+      residual_row_ = args.residual_row;
+      residual_skip_ = args.residual_image - args.image_rows * args.residual_row;
+      residual_ = static_cast<const Out*>(args.residual) + image * args.residual_image + pixel * args.residual_row +
+                  args.residual_at(panel);
+    }
+  }
+
+  MNV4_INLINE void step() {
+    const int64_t stop = std::min(end_, row_ + pace_);
+    for (; row_ < stop; ++row_) {
+      if (row_ == kMatrixRows) values_ += kSums;
+      Vec y = max(least_, Vec::load(values_) + first_);
+      Vec beside = max(least_, Vec::load(values_ + kSums) + second_);
+      values_ += kPanel;
+      if constexpr (RESIDUAL) {
+        y = y + C::load(residual_);
+        beside = beside + C::load(residual_ + kPanel);
+        residual_ += residual_row_;
+      }
+      if constexpr (std::is_same_v<Out, Bf16>) {
+        Vec::store_bf16_pair(c_, y, beside);
+      } else {
+        C::store(c_, y);
+        C::store(c_ + beside_, beside);
+      }
+      c_ += c_row_;
+      if (--left_ == 0) {
+        left_ = image_rows_;
+        c_ += c_skip_;
+        if constexpr (RESIDUAL) residual_ += residual_skip_;
+      }
+    }
+  }
+
+ private:
+  const float* values_;
+  int64_t row_ = 0;
+  int64_t end_;
+  int64_t pace_;
+  int64_t left_;  // rows of this image
+  int64_t image_rows_;
+  ptrdiff_t c_row_;
+  ptrdiff_t c_skip_;
+  ptrdiff_t beside_;
+  Out* c_;
+  ptrdiff_t residual_row_ = 0;
+  ptrdiff_t residual_skip_ = 0;
+  const Out* residual_ = nullptr;
+  Vec first_;
+  Vec second_;
+  Vec least_;
+};
 
 template <class Out>
 class Product {
@@ -175,9 +261,12 @@ class Product {
         const bool alike = last.panels == panels && last.tiles == blocks * panels;
         block_.stored = alike ? sums_ : nullptr;
         if (!alike) store_sums(last.tiles);
-        multiply_block(blocks, panels);
-        // while the tiles multiply
-        finish(last);
+        if (alike && panels == 2 && trickles(last)) {
+          multiply_block(blocks, last);
+        } else {
+          multiply_block(blocks, panels);
+          finish(last);
+        }
         last = {row, rows, panel, panels, blocks * panels};
         row += rows;
       }
@@ -214,9 +303,9 @@ class Product {
   }
 
   void multiply_block(int64_t blocks, int64_t panels) const {
-    if (panels == 4) return multiply<1, 4>(block_);
-    if (blocks == 2) return panels == 2 ? multiply<2, 2>(block_) : multiply<2, 1>(block_);
-    panels == 2 ? multiply<1, 2>(block_) : multiply<1, 1>(block_);
+    if (panels == 4) return multiply<1, 4>(block_, Idle{});
+    if (blocks == 2) return panels == 2 ? multiply<2, 2>(block_, Idle{}) : multiply<2, 1>(block_, Idle{});
+    panels == 2 ? multiply<1, 2>(block_, Idle{}) : multiply<1, 1>(block_, Idle{});
   }
 
   // Sums of `rows` rows of `panels` panels: [rows / 16][panels][16][16].
@@ -227,6 +316,30 @@ class Product {
     int64_t panels;
     int64_t tiles;
   };
+
+  // Two panels, while the sums of two are finished.
+  void multiply_block(int64_t blocks, const Sums& last) const {
+    if constexpr (std::is_same_v<Out, Bf16>) {
+      if (args_.residual) return multiply_while<true>(blocks, last);
+    }
+    multiply_while<false>(blocks, last);
+  }
+
+  template <bool RESIDUAL>
+  void multiply_while(int64_t blocks, const Sums& last) const {
+    const int64_t row = row_begin_ + last.row;
+    const int64_t image = args_.image_rows ? row / args_.image_rows : 0;
+    const int64_t pixel = args_.image_rows ? row % args_.image_rows : row;
+    const int64_t pace = div_up(last.rows, rows_.segments * rows_.runs);
+    const Trickle<Out, RESIDUAL> epilogue(args_, sums_, last.panel, image, pixel, last.rows, pace);
+    blocks == 2 ? multiply<2, 2>(block_, epilogue) : multiply<1, 2>(block_, epilogue);
+  }
+
+  // Whether a Trickle can finish these sums, of two panels.
+  bool trickles(const Sums& sums) const {
+    if (!is_plain() || (sums.panel + 2) * kPanel > args_.n) return false;
+    return std::is_same_v<Out, Bf16> ? finishes_pairs(sums) : !args_.residual && !args_.paired;
+  }
 
   void store_sums(int64_t tiles) {
     if (tiles >= 1) store_tile<0>(sums_, kTileRow);
