@@ -79,8 +79,8 @@ class Product:
     def _layout(self, name: str, planes: int | None, first: int) -> tuple[dict[str, int], torch.Tensor]:
         """Strides, and where the columns from `first` on are; in planes of so many channels, or in whole rows."""
         row = planes or self.n + 3
-        panel = (self.images * self.rows + 1) * planes if planes else PANEL
-        image = self.rows * row + (0 if planes else 7)
+        panel = self.images * (self.rows + 1) * planes if planes else PANEL
+        image = self.rows * row + (planes or 7)
         together = (planes or PANEL) // PANEL
         columns = -(-self.panels // together) * together * PANEL if planes else self.n
         at = torch.tensor(
@@ -201,6 +201,31 @@ def test_panels_in_pairs(kernel: dict[str, Any], act: str, n: int) -> None:
         for part in (None, slice(3, 40)):
             product = Product(kernel, 25, n, 5, 16, 2, act, gamma, residual, True, paired=True, paired_residual=True)
             product.run(part, packed=packed)
+            product.check(part or slice(None))
+
+
+@matrix_rows
+@pytest.mark.parametrize(("rows", "images"), [(1, 150), (7, 20), (31, 5), (49, 4), (64, 3), (170, 1)])
+@pytest.mark.parametrize(("segments", "length"), [(1, 32), (2, 32), (3, 96), (5, 16), (1, 70)])
+def test_blocks_that_are_finished_while_others_multiply(
+    kernel: dict[str, Any], rows: int, images: int, segments: int, length: int
+) -> None:
+    for paired, residual, act in itertools.product((False, True), (False, True), ("none", "relu")):
+        for n, part in ((64, None), (80, slice(5, rows * images - 2))):
+            product = Product(
+                kernel,
+                rows,
+                n,
+                segments,
+                length,
+                images,
+                act,
+                residual=residual,
+                panel_major=True,
+                paired=paired,
+                paired_residual=paired,
+            )
+            product.run(part, packed=images > 1)
             product.check(part or slice(None))
 
 
