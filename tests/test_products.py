@@ -210,7 +210,7 @@ def test_panels_in_pairs(kernel: dict[str, Any], act: str, n: int) -> None:
 def test_blocks_that_are_finished_while_others_multiply(
     kernel: dict[str, Any], rows: int, images: int, segments: int, length: int
 ) -> None:
-    for paired, residual, act in itertools.product((False, True), (False, True), ("none", "relu")):
+    for paired, residual, act in itertools.product((False, True), (False, True), ("none", "relu", "gelu")):
         for n, part in ((64, None), (80, slice(5, rows * images - 2))):
             product = Product(
                 kernel,
@@ -220,6 +220,7 @@ def test_blocks_that_are_finished_while_others_multiply(
                 length,
                 images,
                 act,
+                gamma=act != "relu",
                 residual=residual,
                 panel_major=True,
                 paired=paired,

@@ -160,7 +160,7 @@ void multiply(const Block& t, Meanwhile meanwhile) {
 // The epilogue of two panels' sums, a few rows at a time: between the runs of the next block it costs next to nothing,
 // behind them all that it takes, since a processor doesn't look past that many tiles. Results of two panels lie side by
 // side (in bfloat16) or each for itself (in float32).
-template <class Out, bool RESIDUAL>
+template <class Out, bool RESIDUAL, bool PLAIN>
 class Trickle {
   using C = simd::Stored<Out>;
 
@@ -179,7 +179,12 @@ class Trickle {
         c_(static_cast<Out*>(args.c) + image * args.c_image + pixel * args.c_row + args.c_at(panel)),
         first_(Vec::load(args.bias + panel * kPanel)),
         second_(Vec::load(args.bias + (panel + 1) * kPanel)),
-        least_(Vec::broadcast(args.act == Activation::kRelu ? 0.0f : -__builtin_inff())) {
+        least_(Vec::broadcast(args.act == Activation::kRelu ? 0.0f : -__builtin_inff())),
+        act_(args.act) {
+    if (!PLAIN && args.gamma) {
+      gamma_ = Vec::load(args.gamma + panel * kPanel);
+      second_gamma_ = Vec::load(args.gamma + (panel + 1) * kPanel);
+    }
     if constexpr (RESIDUAL) {
       residual_row_ = args.residual_row;
       residual_skip_ = args.residual_image - args.image_rows * args.residual_row;
@@ -192,9 +197,16 @@ class Trickle {
     const int64_t stop = std::min(end_, row_ + pace_);
     for (; row_ < stop; ++row_) {
       if (row_ == kMatrixRows) values_ += kSums;
-      Vec y = max(least_, Vec::load(values_) + first_);
-      Vec beside = max(least_, Vec::load(values_ + kSums) + second_);
+      Vec y = Vec::load(values_) + first_;
+      Vec beside = Vec::load(values_ + kSums) + second_;
       values_ += kPanel;
+      if constexpr (PLAIN) {
+        y = max(least_, y);
+        beside = max(least_, beside);
+      } else {
+        y = simd::activate(act_, y) * gamma_;
+        beside = simd::activate(act_, beside) * second_gamma_;
+      }
       if constexpr (RESIDUAL) {
         y = y + C::load(residual_);
         beside = beside + C::load(residual_ + kPanel);
@@ -229,9 +241,13 @@ class Trickle {
   ptrdiff_t residual_row_ = 0;
   ptrdiff_t residual_skip_ = 0;
   const Out* residual_ = nullptr;
+  // of both panels, as is gamma
   Vec first_;
   Vec second_;
   Vec least_;
+  Activation act_;
+  Vec gamma_ = Vec::broadcast(1.0f);
+  Vec second_gamma_ = Vec::broadcast(1.0f);
 };
 
 template <class Out>
@@ -320,25 +336,27 @@ class Product {
   // Two panels, while the sums of two are finished.
   void multiply_block(int64_t blocks, const Sums& last) const {
     if constexpr (std::is_same_v<Out, Bf16>) {
-      if (args_.residual) return multiply_while<true>(blocks, last);
+      if (args_.residual) {
+        return is_plain() ? multiply_while<true, true>(blocks, last) : multiply_while<true, false>(blocks, last);
+      }
     }
-    multiply_while<false>(blocks, last);
+    is_plain() ? multiply_while<false, true>(blocks, last) : multiply_while<false, false>(blocks, last);
   }
 
-  template <bool RESIDUAL>
+  template <bool RESIDUAL, bool PLAIN>
   void multiply_while(int64_t blocks, const Sums& last) const {
     const int64_t row = row_begin_ + last.row;
     const int64_t image = args_.image_rows ? row / args_.image_rows : 0;
     const int64_t pixel = args_.image_rows ? row % args_.image_rows : row;
     const int64_t pace = div_up(last.rows, rows_.segments * rows_.runs);
-    const Trickle<Out, RESIDUAL> epilogue(args_, sums_, last.panel, image, pixel, last.rows, pace);
+    const Trickle<Out, RESIDUAL, PLAIN> epilogue(args_, sums_, last.panel, image, pixel, last.rows, pace);
     blocks == 2 ? multiply<2, 2>(block_, epilogue) : multiply<1, 2>(block_, epilogue);
   }
 
   // Whether a Trickle can finish these sums, of two panels.
   bool trickles(const Sums& sums) const {
-    if (!is_plain() || (sums.panel + 2) * kPanel > args_.n) return false;
-    return std::is_same_v<Out, Bf16> ? finishes_pairs(sums) : !args_.residual && !args_.paired;
+    if ((sums.panel + 2) * kPanel > args_.n) return false;
+    return std::is_same_v<Out, Bf16> ? writes_pairs(sums) : !args_.residual && !args_.paired;
   }
 
   void store_sums(int64_t tiles) {
@@ -363,7 +381,7 @@ class Product {
         end = std::min(end, first + args_.image_rows - pixel);
       }
       const float* values = sums_ + (first / kMatrixRows) * sums.panels * kSums + first % kMatrixRows * kPanel;
-      if (finishes_pairs(sums)) {
+      if (is_plain() && writes_pairs(sums)) {
         finish_rows<true>(values, image, pixel, end - first, sums.panel);
       } else {
         for (int64_t p = 0; p < sums.panels; ++p, values += kSums) {
@@ -377,9 +395,9 @@ class Product {
   bool is_plain() const { return !args_.gamma && (args_.act == Activation::kNone || args_.act == Activation::kRelu); }
 
   // Whether a pixel's two panels lie side by side and can be written together.
-  bool finishes_pairs(const Sums& sums) const {
+  bool writes_pairs(const Sums& sums) const {
     if (!std::is_same_v<Out, Bf16> || !args_.paired || sums.panels != 2 || sums.panel % 2) return false;
-    return is_plain() && (!args_.residual || args_.residual_paired);
+    return !args_.residual || args_.residual_paired;
   }
 
   // Of a panel, or of a pair of them.
