@@ -23,5 +23,5 @@ export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:detect_stack_use_after_retur
 export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 export PYTHONPATH=$work PYTHONMALLOC=malloc OMP_NUM_THREADS=2
 
-LD_PRELOAD=$runtime python -m pytest -q -n 0 -p no:cacheprovider tests/test_{microkernels,products}.py
+LD_PRELOAD=$runtime python -m pytest -q -n 0 -p no:cacheprovider tests/test_{microkernels,products,stem}.py
 LD_PRELOAD=$runtime python tests/sanitized.py

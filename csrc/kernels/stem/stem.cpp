@@ -26,10 +26,10 @@ const StemKernel* stem_kernel() {
 constexpr int64_t kLine = 64;
 
 int64_t pitch_of(const ConvArgs& a) {
-  // a line before the first pixel and one behind the last, for the pairs beside them
   const int64_t written = round_up(a.width, kStemRun) * 2;
   const int64_t read = round_up(a.out_width, kMatrixRows) * 4;
-  return std::max(written, read) + 2 * kLine;
+  // and a line behind the last pixel for the pair beside it
+  return StemPairs::kBefore + std::max(written, read) + kLine;
 }
 
 int64_t pairs_bytes(const ConvArgs& a) { return kMatrixRows * pitch_of(a); }

@@ -45,10 +45,12 @@ class StemRows {
   int64_t ready_ = -1;   // the output row whose pairs are there
 };
 
-// 16 rows of pairs: of input row iy + ky rows 5 ky on, and one for the bias.
+// 16 rows of pairs: of input row iy + ky rows 5 ky on, and one for the bias. All distances are in bytes.
 struct StemPairs {
+  // What lies before the image's first pixel in each row: zeros for the pairs beside it.
+  static constexpr ptrdiff_t kBefore = 64;
   // Where the pair of output pixel 0 lies: windows begin with the first of two pixels or the second, by the padding.
-  static ptrdiff_t begin(const ConvArgs& args) { return 64 - args.pad_left / 2 * 4; }
+  static ptrdiff_t begin(const ConvArgs& args) { return kBefore - args.pad_left / 2 * 4; }
   char* rows;
   int64_t pitch;
   int64_t iy;

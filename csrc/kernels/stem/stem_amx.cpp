@@ -70,7 +70,8 @@ void pack(const ConvArgs& args, void* weights) {
   }
 }
 
-MNV4_INLINE __mmask16 first(int64_t n) {
+// The first n lanes.
+MNV4_INLINE __mmask16 lanes(int64_t n) {
   return n <= 0 ? __mmask16{0} : n >= Vec::kWidth ? ~__mmask16{0} : Vec::mask(static_cast<int>(n));
 }
 
@@ -103,8 +104,8 @@ struct PlanarImage {
   ptrdiff_t plane;
 
   MNV4_INLINE void load(const float* x, int64_t left, __m512i* channels) const {
-    const __mmask16 low = first(left);
-    const __mmask16 high = first(left - Vec::kWidth);
+    const __mmask16 low = lanes(left);
+    const __mmask16 high = lanes(left - Vec::kWidth);
     for (int c = 0; c < 3; ++c, x += plane) {
       channels[c] = narrow(_mm512_maskz_loadu_ps(low, x), _mm512_maskz_loadu_ps(high, x + Vec::kWidth));
     }
@@ -121,7 +122,7 @@ struct PixelImage {
   MNV4_INLINE void load(const float* x, int64_t left, __m512i* channels) const {
     __m512 v[6];
     for (int i = 0; i < 6; ++i) {
-      v[i] = _mm512_maskz_loadu_ps(first(3 * left - i * Vec::kWidth), x + i * Vec::kWidth);
+      v[i] = _mm512_maskz_loadu_ps(lanes(3 * left - i * Vec::kWidth), x + i * Vec::kWidth);
     }
     channels[0] = narrow(channel<0>(v[0], v[1], v[2]), channel<0>(v[3], v[4], v[5]));
     channels[1] = narrow(channel<1>(v[0], v[1], v[2]), channel<1>(v[3], v[4], v[5]));
@@ -132,6 +133,10 @@ struct PixelImage {
   }
 };
 
+// From a pair to the one whose third tap it holds: a window's third tap lies before its pair if the padding is odd,
+// else behind it.
+constexpr ptrdiff_t beside(bool odd) { return odd ? 4 : -4; }
+
 template <bool ODD, class Image>
 MNV4_INLINE void fill_row(const Image& image, const ConvArgs& args, int64_t iy, int64_t x, char* pairs, int64_t pitch) {
   const bool inside = iy >= 0 && iy < args.height;
@@ -141,10 +146,8 @@ MNV4_INLINE void fill_row(const Image& image, const ConvArgs& args, int64_t iy, 
   __m512i v[3];
   image.load(row, inside ? args.width - x : 0, v);
   for (int c = 0; c < 3; ++c) _mm512_store_si512(pairs + c * pitch, v[c]);
-  // the third tap: of an odd padding what lies before the pair, else what lies behind it
   constexpr __mmask32 kHigh = 0xaaaaaaaa;
-  constexpr ptrdiff_t kBeside = ODD ? 4 : -4;
-  char* third = pairs + 3 * pitch + kBeside;
+  char* third = pairs + 3 * pitch + beside(ODD);
   if constexpr (ODD) {
     _mm512_storeu_si512(third, _mm512_mask_mov_epi16(_mm512_srli_epi32(v[0], 16), kHigh, v[1]));
     _mm512_storeu_si512(third + pitch, _mm512_srli_epi32(v[2], 16));
@@ -158,12 +161,13 @@ template <bool ODD, class Image>
 MNV4_INLINE void fill_from(const Image& image, const ConvArgs& args, const StemPairs& to, int64_t x,
                            const char* before) {
   const int64_t pitch = to.pitch;
-  char* pairs = to.rows + 64 + x * 2;
+  const ptrdiff_t offset = StemPairs::kBefore + x * 2;
+  char* pairs = to.rows + offset;
   if (before) {
-    before += 64 + x * 2;
+    before += offset + (kStemRows - 1) * kStemPairs * pitch;
     for (int i = 0; i < kStemPairs; ++i) {
-      const ptrdiff_t at = i * pitch + (i < 3 ? 0 : ODD ? 4 : -4);
-      _mm512_storeu_si512(pairs + at, _mm512_loadu_si512(before + 2 * kStemPairs * pitch + at));
+      const ptrdiff_t at = i * pitch + (i < 3 ? 0 : beside(ODD));
+      _mm512_storeu_si512(pairs + at, _mm512_loadu_si512(before + at));
     }
   } else {
     fill_row<ODD>(image, args, to.iy, x, pairs, pitch);
