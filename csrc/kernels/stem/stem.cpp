@@ -47,8 +47,8 @@ bool StemRows::takes(const GemmKernel& kernel, const ConvArgs& a) {
                       a.dilation_w == 1 && a.pad_left < 3;
   const bool planes = a.x_pixel == 1;
   const bool pixels = a.x_channel == 1 && a.x_pixel == 3;
-  return stem_kernel() && kernel.matrix && kernel.output == Storage::kBfloat16 && window && a.channels == 3 &&
-         a.x_type == Storage::kFloat32 && (planes || pixels) && a.out_channels % 8 == 0;
+  return stem_kernel() && kernel.matrix && kernel.output == Storage::kBfloat16 && window && a.pairs &&
+         a.channels == 3 && a.x_type == Storage::kFloat32 && (planes || pixels) && a.out_channels % 8 == 0;
 }
 
 int64_t StemRows::floats(const ConvArgs& a) {
