@@ -58,6 +58,10 @@ PYBIND11_MODULE(_C, m) {
       py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
       "GFLOP/s of `threads` threads of the active tier on registers alone, bfloat16 or float32 operands.");
   m.def(
+      "has_term_products", [] { return mnv4::gemm_kernel().split != nullptr; },
+      "Whether the active tier multiplies float32 as sums of bfloat16, by `term_products` products.");
+  m.attr("term_products") = mnv4::kTermProducts;
+  m.def(
       "panel_width", [] { return static_cast<int>(mnv4::kPanel); }, "Output channels of one panel of packed weights.");
   m.def(
       "engine_fields",

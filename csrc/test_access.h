@@ -141,6 +141,7 @@ py::dict facts(const Row<Kernel>& row) {
   }
   if constexpr (requires { row.kernel->max_rows; }) {
     found["matrix"] = row.kernel->matrix != nullptr;
+    found["split"] = row.kernel->split != nullptr;
     found["max_rows"] = row.kernel->max_rows;
     found["pair_rows"] = row.kernel->pair_rows;
     found["wide_rows"] = row.kernel->wide_rows;
@@ -244,18 +245,21 @@ inline void run_gemm(const std::string& name, const Numbers& n, const std::vecto
   args.image_rows = n.at("image_rows");
   args.a_image = n.at("a_image");
   args.rows_behind = n.at("rows_behind");
+  args.split = n.at("split") != 0;
+  const MatrixUnit* unit = args.split ? kernel.split : kernel.matrix;
+  if (args.split && !unit) throw py::value_error(name + " multiplies nothing in terms");
   std::vector<char> packed;
   if (n.at("packed")) {
-    if (!kernel.matrix) throw py::value_error(name + " reads no packed rows");
+    if (!unit) throw py::value_error(name + " reads no packed rows");
     const int64_t rows = n.at("images") * args.image_rows;
     const int64_t k = args.segments * args.segment_length;
-    packed.assign(static_cast<size_t>(PackedRows::values(rows, k) * storage_bytes(kernel.input)), '\xff');
+    packed.assign(static_cast<size_t>(PackedRows::bytes(kernel.input, rows, k)), '\xff');
     args.packed_pitch = PackedRows::pitch(rows);
     for (int64_t i = 0; i < n.at("images"); ++i) {
       GemmArgs image = args;
       image.a = advance(args.a, kernel.input, i * args.a_image);
-      void* to = advance(static_cast<void*>(packed.data()), kernel.input, i * args.image_rows * kMatrixDepth);
-      kernel.matrix->pack_rows(image, 0, args.image_rows, to, args.packed_pitch);
+      void* to = packed.data() + i * args.image_rows * PackedRows::row_bytes(kernel.input);
+      unit->pack_rows(image, 0, args.image_rows, to, args.packed_pitch);
     }
     args.a = packed.data();
   }

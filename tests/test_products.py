@@ -16,8 +16,20 @@ from mnv4_kernels.backends import native
 from mnv4_kernels.ops.activation import ACTIVATIONS
 from mnv4_kernels.testing import forced_tier, tiers
 
-gemm_rows = pytest.mark.parametrize("kernel", rows_of("gemm"))
-matrix_rows = pytest.mark.parametrize("kernel", [row for row in rows_of("gemm") if row.values[0]["matrix"]])
+# a kernel that multiplies float32 in terms, too, is a second one
+TERMS = [
+    pytest.param(row.values[0] | {"terms": True}, marks=row.marks, id=f"{row.id}-terms")
+    for row in rows_of("gemm")
+    if row.values[0]["split"]
+]
+MATRIX = [row for row in rows_of("gemm") if row.values[0]["matrix"]]
+gemm_rows = pytest.mark.parametrize("kernel", [*rows_of("gemm"), *TERMS])
+matrix_rows = pytest.mark.parametrize("kernel", [*MATRIX, *TERMS])
+
+
+def takes(kernel: dict[str, Any], segments: int, length: int) -> bool:
+    """In terms, several segments are whole panels."""
+    return "terms" not in kernel or segments == 1 or length % PANEL == 0
 
 
 class Product:
@@ -112,6 +124,7 @@ class Product:
             "images": self.images,
             "rows_behind": 0,
             "packed": int(packed),
+            "split": int("terms" in self.kernel),
         }
         numbers |= self.steps
         numbers |= {"row_begin": rows.start, "row_end": rows.stop}
@@ -158,6 +171,8 @@ def test_any_number_of_rows_and_columns(kernel: dict[str, Any], rows: int) -> No
     for n, (segments, length) in itertools.product(
         (1, 16, 24, 40, 64, 81), ((1, 2), (1, 64), (2, 16), (3, 16), (3, 10))
     ):
+        if not takes(kernel, segments, length):
+            continue
         product = Product(kernel, rows, n, segments, length)
         product.run()
         product.check()
@@ -187,6 +202,8 @@ def test_rows_of_several_images(kernel: dict[str, Any], rows: int, images: int) 
 @pytest.mark.parametrize(("rows", "images"), [(1, 40), (7, 1), (49, 3), (64, 1)])
 def test_packed_rows_from_any_row_on(kernel: dict[str, Any], rows: int, images: int) -> None:
     for segments, length in ((2, 16), (5, 16), (3, 10), (1, 70)):
+        if not takes(kernel, segments, length):
+            continue
         for part in (None, slice(1, rows * images), slice(rows * images - 1, rows * images)):
             product = Product(kernel, rows, 48, segments, length, images, residual=True, panel_major=True)
             product.run(part, packed=True)
@@ -274,6 +291,34 @@ def test_nan_and_infinity_stay_in_their_row(kernel: dict[str, Any]) -> None:
     others = torch.ones(40, dtype=torch.bool)
     others[[5, 20]] = False
     assert bool(finite[others, :PANEL].all())
+
+
+@pytest.mark.parametrize("kernel", TERMS)
+def test_terms_lose_nothing_of_a_single_product(kernel: dict[str, Any]) -> None:
+    product = Product(kernel, 64, 48, 2, 16)
+    # one value a row, so that no sum hides an error: a missing product of terms would be 2^-17 of it or more
+    kept = torch.arange(64) % 32
+    product.exact_a[0] *= torch.nn.functional.one_hot(kept, 32)
+    offsets = torch.tensor([start + k for start in product.segments for k in range(16)])
+    at = torch.arange(64)[:, None] * product.a_row + offsets
+    product.a.values[at] = product.exact_a[0].float()
+    product.bias.zero_()
+    product.run()
+    exact = product.exact_a[0] @ product.b.double()[:, :48]
+    error = (product.c.values[product.c_at][0].double() - exact).abs()
+    assert bool((error <= 2 * torch.finfo(torch.float32).eps * exact.abs()).all())
+
+
+@pytest.mark.parametrize("kernel", TERMS)
+@pytest.mark.parametrize("depth", [64, 160, 960])
+def test_terms_are_as_exact_as_multiply_adds(kernel: dict[str, Any], depth: int) -> None:
+    errors = []
+    for name in (kernel, {key: value for key, value in kernel.items() if key != "terms"}):
+        product = Product(name, 96, 96, depth // 16, 16)
+        product.run()
+        exact = product.exact_a @ product.b.double()[:, :96] + product.bias.double()
+        errors.append((product.c.values[product.c_at].double() - exact).norm() / exact.norm())
+    assert errors[0] <= 1.1 * errors[1]
 
 
 def test_a_tier_with_a_matrix_unit_takes_its_kernels_for_bfloat16() -> None:

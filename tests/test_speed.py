@@ -1,11 +1,11 @@
 """Kernels reach their share of the arithmetic that the same core does in the same second.
 
-Both are single-threaded and stay within the caches of a core, and the best of many interleaved
-rounds is taken, until the bound is reached, so that neither other work nor another machine moves
-the ratio: what falls below a bound has become slower, not unlucky. Bounds are a tenth below what
-was measured: on a Zen 4, whose vector units take a register of 512 bits in halves, and on a Xeon
-with AMX, which takes it whole, the least of a few runs, among them such that shared their core
-with somebody else's work.
+Both are single-threaded and stay within the caches of a core, the best of a turn's interleaved
+rounds are compared, and turns are repeated until the bound is reached, so that neither other work
+nor another machine moves the ratio: what falls below a bound has become slower, not unlucky.
+Bounds are a tenth below what was measured: on a Zen 4, whose vector units take a register of 512
+bits in halves, and on a Xeon with AMX, which takes it whole, the least of a few runs, among them
+such that shared their core with somebody else's work.
 """
 
 from __future__ import annotations
@@ -25,26 +25,27 @@ from mnv4_kernels.testing import forced_tier, tiers
 pytestmark = [pytest.mark.speed, needs_engine]
 
 ROUNDS = 12
-#: of as many rounds, with a pause behind each, where a core is disturbed
-TURNS = 10
+#: of as many rounds, with a pause behind each, where a core is disturbed: for longer than others' work usually takes
+TURNS = 40
 
 
 def share_of_peak(program: RandomProgram, flops: int, bfloat16: bool, enough: float) -> float:
-    """Of the float32 multiply-add loop's rate, the best of all rounds; the node before the output is what counts."""
+    """Of the float32 multiply-add loop's rate in the same turn, the best; the node before the output is what counts."""
     torch.set_num_threads(1)
     engine = Engine(*program.tensors(), bfloat16)
     x = images(1, *program.shapes[0])
-    peak, seconds, share = 0.0, float("inf"), 0.0
+    best = 0.0
     for _ in range(TURNS):
+        peak, seconds = 0.0, float("inf")
         for _ in range(ROUNDS):
             peak = max(peak, native.module().peak_gflops(False, 1))
             times, nodes, _ = engine_profile(engine.handle, x, 0, 10)
             seconds = min(seconds, times[:, nodes == len(program.rows) - 2].sum(1).min().item())
-        share = flops / seconds / 1e9 / peak
-        if share >= enough:
+        best = max(best, flops / seconds / 1e9 / peak)
+        if best >= enough:
             break
         time.sleep(1.0)
-    return share
+    return best
 
 
 def whole_registers() -> bool:
@@ -73,10 +74,11 @@ def program_of(kind: str, shape: tuple[int, int, int], outputs: int, taps: int =
     return program
 
 
-#: kind, input, outputs, taps, stride, and the least share of the peak by tier: in halves, and whole
+#: kind, input, outputs, taps, stride, and the least share of the peak by tier: in halves, and whole. With AMX pointwise
+#: ones are in terms: 1.5 and 1.1 of the multiply-adds' peak on a core of its own, 0.55 and 0.44 on a shared one
 NODES = [
-    ("pointwise", (96, 14, 14), 384, 1, 1, {"avx2": 0.83, "avx512": 0.87}, {"avx2": 0.68, "avx512": 0.6, "amx": 0.63}),
-    ("pointwise", (128, 7, 7), 512, 1, 1, {"avx2": 0.80, "avx512": 0.86}, {"avx2": 0.74, "avx512": 0.56, "amx": 0.58}),
+    ("pointwise", (96, 14, 14), 384, 1, 1, {"avx2": 0.83, "avx512": 0.87}, {"avx2": 0.68, "avx512": 0.6, "amx": 0.5}),
+    ("pointwise", (128, 7, 7), 512, 1, 1, {"avx2": 0.80, "avx512": 0.86}, {"avx2": 0.74, "avx512": 0.56, "amx": 0.39}),
     ("conv", (32, 28, 28), 32, 5, 1, {"avx2": 0.77, "avx512": 0.84}, {"avx2": 0.63, "avx512": 0.63, "amx": 0.8}),
     # by Winograd's products, which are fewer operations than are counted
     ("conv", (32, 28, 28), 32, 3, 1, {"avx2": 0.83, "avx512": 1.37}, {"avx2": 1.03, "avx512": 0.8, "amx": 0.67}),

@@ -246,7 +246,17 @@ class PanelJob : public Job {
     int64_t units;
   };
   Piece piece(int64_t begin, int64_t end) const;
-  void run_piece(const Context& context, const Piece& piece, Worker& worker) const;
+  // Rows of images that are in scratch at the same time, of several images all rows.
+  struct Packed {
+    int64_t image;
+    int64_t images;
+    int64_t row_begin;
+    int64_t row_end;
+    int64_t pitch() const { return PackedRows::pitch(images * (row_end - row_begin)); }
+  };
+  void pack(const Context& context, const Packed& packed, float* to) const;
+  void run_piece(const Context& context, const Piece& piece, const Packed& packed, Worker& worker) const;
+  void run_packed(const Context& context, int64_t begin, int64_t end, const Packed& packed, Worker& worker) const;
   void ride(const Context& context, const Piece& piece, const void* planes, int64_t row_begin, int64_t row_end,
             float* padded) const;
   GemmArgs product(const Context& context) const;
@@ -259,8 +269,12 @@ class PanelJob : public Job {
   const GemmKernel& kernel_;
   const DwconvKernel& dwconv_;
   Spec spec_;
-  bool whole_;  // a unit is a whole panel of an image, else a tile of rows
-  bool packs_;  // rows are packed for a matrix unit first, unless their planes lie in pairs
+  const MatrixUnit* unit_;  // that multiplies, or null
+  bool whole_;              // a unit is a whole panel of an image, else a tile of rows
+  bool packs_;              // rows are packed for a matrix unit first, unless their planes lie in pairs
+  // of what is packed: with all of it, L2 would have no room for the rest
+  int64_t images_at_once_ = 0;
+  int64_t rows_at_once_ = 0;
   int64_t tiles_;
   int64_t first_tile_;
   int64_t last_tile_;

@@ -116,6 +116,13 @@ bool Layout::feeds_rider(int64_t id) const {
   return rides && rider.input == id && reads_of(id) == 1;
 }
 
+bool Layout::outgrows_cache(int64_t id) const {
+  const Shape& in = shape(node(id).input);
+  const int64_t pixels = in.height * in.width;
+  return compute_ == Storage::kFloat32 && gemm_split(gemm_kernel(), pixels, round_up(in.channels, kPanel)) &&
+         PackedRows::bytes(compute_, pixels, in.channels) > PackedRows::most_bytes();
+}
+
 bool Layout::feeds_conv(int64_t id) const {
   const int64_t next = id + 1;
   if (node(id).what() != Kind::kConv || next >= count() || !needed(next)) return false;

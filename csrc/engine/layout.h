@@ -43,6 +43,8 @@ class Layout {
   // whether they run as one step, which depends on the number of workers, or as two: the same bits either way. Kernels
   // add residuals of their output's type, so beside one in bfloat16 the sum can't stay in float32.
   bool feeds_rider(int64_t id) const;
+  // A product whose rows, packed for a matrix unit, don't leave room for the rest in L2.
+  bool outgrows_cache(int64_t id) const;
   // A dense convolution whose rows only the dense convolution right behind it reads.
   bool feeds_conv(int64_t id) const;
   // A dense convolution whose rows only the pointwise one right behind it reads.

@@ -14,6 +14,12 @@ Storage panel_type(const PanelJob::Spec& s) { return s.mean ? Storage::kFloat32 
 
 const GemmKernel& panel_kernel(const PanelJob::Spec& s) { return gemm_kernel(s.x.type, panel_type(s)); }
 
+// The matrix unit that multiplies, or null.
+const MatrixUnit* panel_unit(const PanelJob::Spec& s) {
+  const GemmKernel& kernel = panel_kernel(s);
+  return kernel.matrix ? kernel.matrix : gemm_split(kernel, s.x.rows, s.depth);
+}
+
 int64_t panel_tiles(const PanelJob::Spec& s) { return div_up(s.x.rows, panel_kernel(s).max_rows); }
 
 int64_t panel_units(const PanelJob::Spec& s) {
@@ -23,7 +29,8 @@ int64_t panel_units(const PanelJob::Spec& s) {
 }
 
 double panel_cost(const PanelJob::Spec& s) {
-  const double rate = panel_kernel(s).matrix ? 8.0 : s.x.type == Storage::kBfloat16 ? 2.0 : 1.0;
+  const bool pairs = s.x.type == Storage::kBfloat16;
+  const double rate = panel_unit(s) ? (pairs ? 8.0 : 2.0) : pairs ? 2.0 : 1.0;
   const double product = static_cast<double>(s.x.rows * s.x.columns * kPanel) / rate;
   if (!s.dw && !s.mean) return product / static_cast<double>(panel_tiles(s));
   return product + (s.dw ? s.dw->plane_cost() : 0.0);
@@ -36,6 +43,7 @@ PanelJob::PanelJob(Spec spec)
       kernel_(panel_kernel(spec)),
       dwconv_(dwconv_kernel(panel_type(spec), spec.dw ? spec.dw->y.type : panel_type(spec))),
       spec_(std::move(spec)),
+      unit_(panel_unit(spec_)),
       whole_(spec_.dw || spec_.mean),
       tiles_(panel_tiles(spec_)),
       first_tile_(tiles_ * spec_.part / spec_.parts),
@@ -45,18 +53,30 @@ PanelJob::PanelJob(Spec spec)
   const bool planes = spec_.x.paired || (spec_.x.row == kPanel && spec_.x.panel != kPanel);
   const int64_t segments = planes ? spec_.depth / kPanel : 1;
   for (int64_t s = 0; s < segments; ++s) segment_.push_back(s * spec_.x.panel);
-  packs_ = kernel_.matrix && !spec_.x.paired && (planes || spec_.x.columns % kMatrixDepth != 0);
+  const bool in_place = kernel_.matrix && !planes && spec_.x.columns % kMatrixDepth == 0;
+  packs_ = unit_ && !spec_.x.paired && !in_place;
+  if (!packs_) return;
+  const int64_t budget = PackedRows::most_bytes();
+  const int64_t image_bytes = PackedRows::bytes(spec_.x.type, rows(), spec_.depth);
+  images_at_once_ =
+      std::clamp<int64_t>(budget / std::max<int64_t>(1, image_bytes), 1, std::max<int64_t>(1, spec_.x.images));
+  rows_at_once_ = rows();
+  if (!whole_ && image_bytes > budget) {
+    // what tiles take at once
+    constexpr int64_t kBlock = 2 * kMatrixRows;
+    rows_at_once_ = std::max(rows() * budget / image_bytes / kBlock, int64_t{1}) * kBlock;
+  }
 }
 
 int64_t PanelJob::packed_floats() const {
   if (!packs_) return 0;
-  const int64_t bytes = PackedRows::values(spec_.x.images * rows(), spec_.depth) * storage_bytes(spec_.x.type);
+  const int64_t bytes = PackedRows::bytes(spec_.x.type, images_at_once_ * rows_at_once_, spec_.depth);
   return round_up(div_up(bytes, static_cast<int64_t>(sizeof(float))), kPanel);
 }
 
 // Planes that a rider takes from scratch at once: those of few pixels in groups, as long as they stay in L1.
 int64_t PanelJob::planes_at_a_time() const {
-  if (!kernel_.matrix) return gemm_panels(kernel_);
+  if (!unit_) return gemm_panels(kernel_);
   return std::clamp<int64_t>(kPixelsAtATime / spec_.x.rows, 2, 2 * std::max<int64_t>(1, spec_.x.images));
 }
 
@@ -67,8 +87,10 @@ int64_t PanelJob::scratch_floats() const {
 
 int64_t PanelJob::grain() const {
   const int64_t tiles = whole_ ? 1 : last_tile_ - first_tile_;
+  // each piece packs its rows anew
+  if (packs_ && (images_at_once_ < spec_.x.images || rows_at_once_ < rows())) return div_up(units, 2);
   // a single panel takes a matrix unit almost as long as two
-  if (kernel_.matrix) return std::max<int64_t>(1, 2 * spec_.x.images * tiles);
+  if (unit_) return std::max<int64_t>(1, 2 * spec_.x.images * tiles);
   return whole_ ? 1 : std::clamp<int64_t>(tiles, 1, 8);
 }
 
@@ -107,6 +129,7 @@ GemmArgs PanelJob::product(const Context& context) const {
   a.bias = s.bias;
   a.act = s.act;
   a.chain = gemm_chain(s.x.rows);
+  a.split = unit_ && !kernel_.matrix;
   // planes are padded to whole panels, rows of a matrix are not
   const bool row_major = s.y.panel == kPanel && s.keep_y && s.y.row != kPanel;
   a.n = row_major ? s.y.columns : round_up(s.y.columns, kPanel);
@@ -153,14 +176,15 @@ void PanelJob::ride(const Context& context, const Piece& piece, const void* plan
   }
 }
 
-void PanelJob::run_piece(const Context& context, const Piece& piece, Worker& worker) const {
+void PanelJob::run_piece(const Context& context, const Piece& piece, const Packed& packed, Worker& worker) const {
   const Spec& s = spec_;
   float* planes = worker.scratch + packed_floats();
   float* padded = planes + (s.keep_y ? 0 : planes_at_a_time() * plane_floats());
   GemmArgs a = product(context);
   if (packs_) {
-    a.packed_pitch = PackedRows::pitch(s.x.images * rows());
-    a.a = advance(static_cast<const void*>(worker.scratch), s.x.type, piece.image * rows() * kMatrixDepth);
+    const int64_t row = (piece.image - packed.image) * rows() - packed.row_begin;
+    a.a = reinterpret_cast<const char*>(worker.scratch) + row * PackedRows::row_bytes(s.x.type);
+    a.packed_pitch = packed.pitch();
   } else {
     a.a = advance(a.a, s.x.type, piece.image * a.a_image);
     if (s.x.paired) a.packed_pitch = s.x.panel / kMatrixDepth;
@@ -186,7 +210,7 @@ void PanelJob::run_piece(const Context& context, const Piece& piece, Worker& wor
   const int64_t end = (piece.images - 1) * rows() + piece.row_end;
   int64_t strip = end;
   // a plane that outgrows L1 is read by its rider strip by strip, while it is being written
-  if (kernel_.matrix && s.dw && !s.dw->reflect && piece.images == 1 && end > kPixelsAtATime) {
+  if (unit_ && s.dw && !s.dw->reflect && piece.images == 1 && end > kPixelsAtATime) {
     strip = std::max<int64_t>(1, kPixelsAtATime / 2 / s.dw->args.width) * s.dw->args.width;
   }
   for (int64_t row = piece.row_begin; row < end; row += strip) {
@@ -196,28 +220,48 @@ void PanelJob::run_piece(const Context& context, const Piece& piece, Worker& wor
   }
 }
 
-void PanelJob::run(const Context& context, int64_t begin, int64_t end, Worker& worker) const {
-  if (packs_ && worker.packed != this) {
-    const GemmArgs a = product(context);
-    for (int64_t i = 0; i < spec_.x.images; ++i) {
-      GemmArgs image = a;
-      image.a = advance(a.a, spec_.x.type, i * a.a_image);
-      void* to = advance(static_cast<void*>(worker.scratch), spec_.x.type, i * rows() * kMatrixDepth);
-      kernel_.matrix->pack_rows(image, 0, rows(), to, PackedRows::pitch(spec_.x.images * rows()));
-    }
-    worker.packed = this;
+void PanelJob::pack(const Context& context, const Packed& packed, float* to) const {
+  const GemmArgs a = product(context);
+  const int64_t rows = packed.row_end - packed.row_begin;
+  for (int64_t i = 0; i < packed.images; ++i) {
+    GemmArgs image = a;
+    image.a = advance(a.a, spec_.x.type, (packed.image + i) * a.a_image);
+    unit_->pack_rows(image, packed.row_begin, packed.row_end,
+                     reinterpret_cast<char*>(to) + i * rows * PackedRows::row_bytes(spec_.x.type), packed.pitch());
   }
+}
+
+void PanelJob::run_packed(const Context& context, int64_t begin, int64_t end, const Packed& packed,
+                          Worker& worker) const {
   while (begin < end) {
     const Piece next = piece(begin, end);
     int64_t images = whole_ ? std::max<int64_t>(1, planes_at_a_time() / next.panels) : next.images;
     // some rows of each image don't lie side by side
     if (spec_.x.paired && rows() < spec_.x.rows) images = 1;
-    for (Piece part = next; part.image < next.image + next.images; part.image += images) {
-      part.images = std::min(images, next.image + next.images - part.image);
-      run_piece(context, part, worker);
+    const int64_t last = std::min(next.image + next.images, packed.image + packed.images);
+    Piece part = next;
+    part.row_begin = std::max(next.row_begin, packed.row_begin);
+    part.row_end = std::min(next.row_end, packed.row_end);
+    for (part.image = std::max(next.image, packed.image); part.image < last; part.image += images) {
+      part.images = std::min(images, last - part.image);
+      if (part.row_begin < part.row_end) run_piece(context, part, packed, worker);
     }
     begin += next.units;
   }
+}
+
+void PanelJob::run(const Context& context, int64_t begin, int64_t end, Worker& worker) const {
+  const int64_t images = packs_ ? images_at_once_ : spec_.x.images;
+  const int64_t most = packs_ ? rows_at_once_ : rows();
+  const bool all = images >= spec_.x.images && most >= rows();
+  for (int64_t image = 0; image < spec_.x.images; image += images) {
+    for (int64_t row = 0; row < rows(); row += most) {
+      const Packed packed{image, std::min(images, spec_.x.images - image), row, std::min(row + most, rows())};
+      if (packs_ && !(all && worker.packed == this)) pack(context, packed, worker.scratch);
+      run_packed(context, begin, end, packed, worker);
+    }
+  }
+  worker.packed = packs_ && all ? this : nullptr;
 }
 
 std::vector<Stream::Range> PanelJob::weights(int64_t begin, int64_t end) const {

@@ -141,6 +141,8 @@ class Planner {
         const int64_t panels = chunk(group) * div_up(layout_.shape(i).channels, kPanel);
         if (next == Kind::kDepthwise && in_bands(i)) {
           alone = "alone: each worker keeps its rows of the map";
+        } else if (next == Kind::kDepthwise && layout_.outgrows_cache(i)) {
+          alone = "alone: the rows before it are multiplied a few at a time, as all of them in terms outgrow L2";
         } else if (rides && !kept && balanced(panels)) {
           group.rider = ++i;
           group.reason = "the rider reads each panel before it leaves the cache";
@@ -401,21 +403,18 @@ class Planner {
       if (used == offsets.size()) offsets.push_back(arena_.place(bytes, now, now));
       return offsets[used++];
     };
+    // each product's bias is behind its weight
     enum : size_t {
       kScale,
       kShift,
       kQuery,
-      kQueryBias,
-      kKeyDown,
+      kKeyDown = kQuery + 2,
       kKeyShift,
       kKey,
-      kKeyBias,
-      kValueDown,
+      kValueDown = kKey + 2,
       kValueShift,
       kValue,
-      kValueBias,
-      kOut,
-      kOutBias
+      kOut = kValue + 2
     };
 
     // pairs of K; scores and softmax stay float32, for their rounding is amplified
@@ -423,7 +422,7 @@ class Planner {
     Matrix query = Matrix::row_major(type, images, x.pixels(), n.heads * n.key_dim);
     query.offset = place(query.bytes());
     step(id, downsampled ? "query, downsample" : "query, key, value");
-    add_product(rows, query, weight(id, kQuery), array(id, kQueryBias));
+    add_product(rows, query, weight(id, kQuery), array(id, kQuery + 1));
 
     Matrix key_source = rows;
     Matrix value_source = rows;
@@ -451,8 +450,8 @@ class Planner {
     // value planes are what attention's second product reads as packed panels
     Planes value{0, Storage::kFloat32, images, n.value_dim, positions, 1};
     value.offset = place(value.bytes());
-    add_product(key_source, key, weight(id, kKey), array(id, kKeyBias));
-    add_product(value_source, Matrix::of(value), weight(id, kValue), array(id, kValueBias));
+    add_product(key_source, key, weight(id, kKey), array(id, kKey + 1));
+    add_product(value_source, Matrix::of(value), weight(id, kValue), array(id, kValue + 1));
 
     Matrix key_panels = Matrix::row_major(type, images, round_up(positions, kPanel), n.key_dim);
     key_panels.offset = place(key_panels.bytes());
@@ -481,7 +480,7 @@ class Planner {
     out.y = Matrix::of(planes(id));
     out.depth = round_up(mixed.columns, kPanel);
     out.weight = weight(id, kOut);
-    out.bias = array(id, kOutBias);
+    out.bias = array(id, kOut + 1);
     if (n.residual >= 0) {
       out.has_residual = true;
       out.residual = Matrix::of(planes(n.residual));

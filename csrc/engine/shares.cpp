@@ -98,6 +98,8 @@ void share(std::vector<Step>& steps, int64_t workers) {
 
 void fetch_ahead(std::vector<Step>& steps, int64_t workers) {
   for (Step& step : steps) step.ahead.resize(static_cast<size_t>(workers));
+  // beside tiles' loads these fetches only take the buffers that lines arrive in
+  if (gemm_has_matrix_unit()) return;
   for (int64_t w = 0; w < workers; ++w) fetch_ahead_of(steps, static_cast<size_t>(w));
 }
 

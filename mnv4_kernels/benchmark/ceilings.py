@@ -36,7 +36,12 @@ def measure_ceilings(dtype: torch.dtype, threads: int, traffic: int) -> Ceilings
 def _peak_gflops(dtype: torch.dtype, threads: int) -> tuple[float, str]:
     if native.available():
         # float16 is widened to float32 by every kernel: no tier multiplies it
-        return native.module().peak_gflops(dtype == torch.bfloat16, threads), "multiply-adds on registers"
+        peak = native.module().peak_gflops(dtype == torch.bfloat16, threads)
+        if dtype != torch.bfloat16 and native.module().has_term_products():
+            in_terms = native.module().peak_gflops(True, threads) / native.module().term_products
+            if in_terms > peak:
+                return in_terms, "products of terms in bfloat16 on registers"
+        return peak, "multiply-adds on registers"
     # a library's matrix product stays below what the processor can do, so shares read too high
     side = 1536
     a, b = torch.randn((2, side, side)).to(dtype)

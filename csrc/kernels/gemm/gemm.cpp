@@ -236,6 +236,7 @@ void gemm(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begin, int
     }
     return;
   }
+  if (args.split) return kernel.split->product(args, row_begin, row_end, panel_begin, panel_end);
   if (kernel.matrix) return kernel.matrix->product(args, row_begin, row_end, panel_begin, panel_end);
   const int64_t tiles = div_up(rows, kernel.max_rows);
   const int64_t blocks = div_up(tiles, block_tiles(kernel, args.segments * args.segment_length));

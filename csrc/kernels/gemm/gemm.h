@@ -81,11 +81,23 @@ struct MatrixUnit {
 inline constexpr int64_t kMatrixRows = 16;
 inline constexpr int64_t kMatrixDepth = 32;
 
-// Rows in the order in which a matrix unit reads them: [K / kMatrixDepth][pitch][kMatrixDepth], zeros beyond K.
+// A matrix unit multiplies float32 as sums of so many bfloat16, which have its 24 bits, and so many products of those.
+inline constexpr int64_t kTerms = 3;
+inline constexpr int kTermProducts = 6;
+
+// Rows in the order in which a matrix unit reads them: [K / kMatrixDepth][pitch][terms][kMatrixDepth] of bfloat16,
+// zeros beyond K.
 struct PackedRows {
+  static int64_t row_bytes(Storage rows) {
+    return kMatrixDepth * storage_bytes(Storage::kBfloat16) * (rows == Storage::kFloat32 ? kTerms : 1);
+  }
   // a tile may read past the last row, and a pitch that is a power of two would put all runs in the same L1 sets
   static int64_t pitch(int64_t rows) { return round_up(rows, kMatrixRows) + kMatrixRows + 4; }
-  static int64_t values(int64_t rows, int64_t k) { return pitch(rows) * round_up(k, kMatrixDepth); }
+  static int64_t bytes(Storage type, int64_t rows, int64_t k) {
+    return pitch(rows) * div_up(k, kMatrixDepth) * row_bytes(type);
+  }
+  // As many at a time, so that L2 has room for the other operands.
+  static int64_t most_bytes() { return cpu::cache_sizes().l2 / 2; }
 };
 
 struct GemmKernel {
@@ -94,6 +106,8 @@ struct GemmKernel {
   Storage output;
   // null where register tiles do the products, which are all that follows
   const MatrixUnit* matrix;
+  // beside register tiles: for float32 products in terms, or null
+  const MatrixUnit* split;
   // rows of the largest tile; tile[v][r] takes exactly r rows, row_stride[v] apart
   int max_rows;
   GemmTileFn tile[kRowVariants][16];
@@ -193,6 +207,8 @@ struct GemmArgs {
   ptrdiff_t residual_image = 0;
   // rows behind the last one that may be read, whatever they hold
   int64_t rows_behind = 0;
+  // By the kernel's `split`; `segment_length` is then a multiple of kPanel, or there is one segment.
+  bool split = false;
   // a is row 0 of PackedRows of this pitch, of all images; 0: a is as told above
   int64_t packed_pitch = 0;
   Activation act;
@@ -211,12 +227,21 @@ struct GemmArgs {
 void gemm(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begin, int64_t row_end, int64_t panel_begin,
           int64_t panel_end);
 
+// What multiplies in terms where that pays, or null: splitting the weights costs as much as 16 rows' products, and runs
+// of a short K are few for their epilogue. `pixels` are a map's, whatever part of them is multiplied at a time: terms
+// give other bits than register tiles.
+inline constexpr int64_t kLeastSplitPixels = 16;
+inline constexpr int64_t kLeastSplitDepth = 64;
+inline const MatrixUnit* gemm_split(const GemmKernel& kernel, int64_t pixels, int64_t k) {
+  return pixels >= kLeastSplitPixels && k >= kLeastSplitDepth ? kernel.split : nullptr;
+}
+
 // Panels that are multiplied at once where there are as many.
 inline int64_t gemm_panels(const GemmKernel& kernel) { return kernel.matrix || kernel.pair_rows ? 2 : 1; }
 
-// How often each panel of weights passes by while `rows` rows are multiplied.
+// How often each panel of weights passes by while register tiles multiply `rows` rows.
 inline int64_t gemm_passes(const GemmKernel& kernel, int64_t rows) {
-  return div_up(rows, kernel.matrix ? 2 * kMatrixRows : kernel.pair_rows ? kernel.pair_rows : kernel.max_rows);
+  return div_up(rows, kernel.pair_rows ? kernel.pair_rows : kernel.max_rows);
 }
 
 // How `tasks` workers share a product: a grid of row chunks by panel chunks.
