@@ -78,6 +78,7 @@ MNV4_INLINE ptrdiff_t place_of(const GemmArgs& args, int64_t at) {
   return args.segment[at / args.segment_length] + at % args.segment_length;
 }
 
+// As PackedRows of terms.
 void split_rows(const GemmArgs& args, int64_t row_begin, int64_t row_end, void* to, int64_t pitch) {
   constexpr ptrdiff_t kRow = kTerms * kTileRow;
   const int64_t k = args.segments * args.segment_length;

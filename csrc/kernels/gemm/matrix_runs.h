@@ -100,8 +100,8 @@ struct Pairs {
   }
 };
 
-// float32 as the sum of three bfloat16 on either side: of the nine products the six that reach 2^-27 of the largest, in
-// an order in which each needs only one operand anew.
+// float32 as the sum of three bfloat16 on either side: of the nine products the six that may exceed 2^-25 of the whole,
+// in an order in which each needs only one operand anew.
 struct Terms {
   static constexpr Storage kStorage = Storage::kFloat32;
   static constexpr ptrdiff_t kTiles = kTerms;
