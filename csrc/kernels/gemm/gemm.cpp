@@ -34,10 +34,24 @@ MatrixSession::~MatrixSession() {
 
 namespace {
 
+// Chains that are summed up in one level.
+constexpr int kChainGroup = 8;
+
+// Rows of a block whose sums of a panel are kept between chains.
+constexpr int64_t kPartialRows = 128;
+
+// A long reduction goes chain by chain through all rows of a block, so that L1 keeps the chain's weights.
+bool chain_by_chain(const GemmKernel& kernel, const GemmArgs& args) {
+  const int64_t k = args.segments * args.segment_length;
+  return kernel.depth && args.chain == kChain && k > kernel.depth && k <= kChainGroup * kChain;
+}
+
 // Rows of a block whose operand stays in half of L2 while every panel of weights passes by.
-int64_t block_tiles(const GemmKernel& kernel, int64_t k) {
+int64_t block_tiles(const GemmKernel& kernel, const GemmArgs& args) {
   const int64_t budget = cpu::cache_sizes().l2 / 2 / storage_bytes(kernel.input);
-  return std::max<int64_t>(1, budget / (k * kernel.max_rows));
+  const int64_t rows = budget / (args.segments * args.segment_length);
+  const int64_t most = chain_by_chain(kernel, args) ? std::min(rows, kPartialRows) : rows;
+  return std::max<int64_t>(1, most / kernel.max_rows);
 }
 
 // A row pitch that is a multiple of 4 KiB puts all rows of a tile in the same L1 set: 60 to 70% of peak. A copy with a
@@ -98,52 +112,72 @@ class ChainSums {
   alignas(64) double total_[kTileFloats];
 };
 
+// A reduction in chains: parts of a long segment, or several short ones.
+class Chains {
+ public:
+  Chains(const GemmArgs& args, Storage input, const ptrdiff_t* segment, int64_t longest)
+      : input_(input),
+        segment_(segment),
+        segments_(args.segments),
+        length_(args.segment_length),
+        longest_(longest),
+        whole_(length_ < longest),
+        pieces_(whole_ ? 1 : div_up(length_, longest)),
+        run_(whole_ ? longest / length_ : 1),
+        count_(div_up(segments_, run_) * pieces_) {}
+
+  int64_t count() const { return count_; }
+
+  // Chain i of the tile whose rows begin at `a` and whose panel at `b`.
+  void place(int64_t i, const void* a, const void* b, GemmTile& tile) const {
+    const int64_t first = i / pieces_ * run_;
+    const int64_t offset = i % pieces_ * longest_;
+    tile.a = advance(a, input_, offset);
+    tile.segment = segment_ + first;
+    tile.segments = std::min(run_, segments_ - first);
+    tile.segment_length = whole_ ? length_ : std::min(length_ - offset, longest_);
+    tile.b = advance(b, input_, (first * length_ + offset) * kPanel);
+  }
+
+ private:
+  const Storage input_;
+  const ptrdiff_t* const segment_;
+  const int64_t segments_;
+  const int64_t length_;
+  const int64_t longest_;
+  const bool whole_;      // segments are
+  const int64_t pieces_;  // of a segment
+  const int64_t run_;     // segments of a chain
+  const int64_t count_;
+};
+
 // Two even chains up to twice the longest: eager's product of 256 by two threads is two sums of 128, whose largest
 // error one chain of 256 exceeds by more than twice in one of ten draws.
-int64_t chain_length(Storage input, const GemmArgs& args) {
+int64_t chain_length(const GemmKernel& kernel, const GemmArgs& args) {
   const int64_t k = args.segments * args.segment_length;
-  const bool even = input == Storage::kFloat32 && k >= args.chain && k < 2 * args.chain;
+  if (chain_by_chain(kernel, args)) {
+    const int64_t chains = std::clamp<int64_t>((k + kernel.depth / 2) / kernel.depth, 1, kChainGroup);
+    return round_up(div_up(k, chains), kPanel);
+  }
+  const bool even = kernel.input == Storage::kFloat32 && k >= args.chain && k < 2 * args.chain;
   return even ? round_up(div_up(k, 2), kPanel) : args.chain;
 }
 
-// One tile's whole reduction, in chains: parts of a long segment, or several short ones.
-void run_chains(GemmTileFn fn, Storage input, GemmTile& tile, const GemmArgs& args, int64_t values, int64_t chain,
-                const void* a, const ptrdiff_t* segment, const void* b) {
-  const int64_t length = args.segment_length;
-  const bool long_segments = length >= chain;
-  const int64_t pieces = long_segments ? div_up(length, chain) : 1;
-  const int64_t run = long_segments ? 1 : chain / length;
-  const int64_t chains = div_up(args.segments, run) * pieces;
-  // short ones are there to be exact, and few rows cost nothing
-  ChainSums sums(tile, values, chain <= kShortChain ? 1 : 8);
-  for (int64_t i = 0; i < chains; ++i) {
-    tile.last = i + 1 == chains;
-    if (i > 0) sums.next(tile.last);
-    const int64_t s = i / pieces * run;
-    const int64_t offset = i % pieces * chain;
-    tile.a = advance(a, input, offset);
-    tile.segment = segment + s;
-    tile.segments = std::min(run, args.segments - s);
-    tile.segment_length = std::min(length - offset, long_segments ? chain : length);
-    tile.b = b;
-    fn(tile);
-    b = advance(b, input, tile.segments * tile.segment_length * kPanel);
+// One tile's whole reduction; `group`: chains that are summed up in one level.
+void run_chains(GemmTileFn fn, GemmTile& tile, const Chains& chains, int64_t values, int group, const void* a,
+                const void* b) {
+  if (chains.count() == 1) {
+    tile.first = tile.last = true;
+    chains.place(0, a, b, tile);
+    return fn(tile);
   }
-}
-
-void run_tile(GemmTileFn fn, Storage input, GemmTile& tile, const GemmArgs& args, int64_t values, const void* a,
-              const ptrdiff_t* segment, const void* b) {
-  const int64_t chain = chain_length(input, args);
-  if (args.segments * args.segment_length > chain)
-    return run_chains(fn, input, tile, args, values, chain, a, segment, b);
-  tile.a = a;
-  tile.b = b;
-  tile.segment = segment;
-  tile.segments = args.segments;
-  tile.segment_length = args.segment_length;
-  tile.first = true;
-  tile.last = true;
-  fn(tile);
+  ChainSums sums(tile, values, group);
+  for (int64_t i = 0; i < chains.count(); ++i) {
+    tile.last = i + 1 == chains.count();
+    if (i > 0) sums.next(tile.last);
+    chains.place(i, a, b, tile);
+    fn(tile);
+  }
 }
 
 void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begin, int64_t row_end, int64_t panel_begin,
@@ -158,6 +192,7 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
 
   GemmTile tile;
   tile.partial = nullptr;
+  tile.residual = nullptr;
   tile.b_panel = args.b_panel;
   tile.residual_row = args.residual_row;
   tile.c_row = args.c_row;
@@ -176,12 +211,15 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
     if (tile.a_row == kernel.row_stride[v] && fits) variant = v;
   }
 
+  const Chains chains(args, kernel.input, segment, chain_length(kernel, args));
+  alignas(64) float partial[kPartialRows * kPanel];
   int64_t panel = panel_begin;
   while (panel < panel_end) {
     const int64_t left = panel_end - panel;
     const bool wide = few && left >= kernel.wide_panels;
     const bool pair = !wide && kernel.pair_rows > 0 && left >= 2;
     const int64_t panels = wide ? kernel.wide_panels : pair ? 2 : 1;
+    const GemmTileFn* fn = pair ? kernel.pair[variant] : panels > 1 ? kernel.wide : kernel.tile[variant];
     const int64_t tiles = div_up(rows, pair ? kernel.pair_rows : kernel.max_rows);
     tile.c_panel = args.c_panel;
     tile.residual_panel = args.residual_panel;
@@ -190,26 +228,44 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
     const void* b = advance(args.b, kernel.input, panel * args.b_panel);
     tile.bias = args.bias + panel * kPanel;
     tile.gamma = args.gamma ? args.gamma + panel * kPanel : nullptr;
-    for (int64_t t = 0; t < tiles; ++t) {
-      // balanced: tiles differ by one row at most
-      const int64_t first = rows * t / tiles;
-      const int64_t count = rows * (t + 1) / tiles - first;
-      const int64_t row = row_begin + first;
-      tile.c = advance(args.c, kernel.output, row * args.c_row + panel * args.c_panel);
-      tile.residual = args.residual
-                          ? advance(args.residual, kernel.output, row * args.residual_row + panel * args.residual_panel)
-                          : nullptr;
-      for (int64_t p = 0; p < 2; ++p) {
-        tile.ahead[p] = 0;
-        if (args.stream && !wide && p < panels) {
-          tile.ahead[p] = args.stream->take(b, k * kPanel * storage_bytes(kernel.input));
+    // tiles differ by one row at most: visit(first row, rows) for each
+    const auto each_tile = [&](const auto& visit) {
+      const int64_t least = rows / tiles;
+      const int64_t longer = rows % tiles;
+      for (int64_t t = 0, first = 0; t < tiles; ++t) {
+        const int64_t count = least + (t < longer);
+        const int64_t row = row_begin + first;
+        tile.c = advance(args.c, kernel.output, row * args.c_row + panel * args.c_panel);
+        if (args.residual) {
+          tile.residual = advance(args.residual, kernel.output, row * args.residual_row + panel * args.residual_panel);
         }
+        visit(first, count);
+        first += count;
       }
-      run_tile((pair         ? kernel.pair[variant]
-                : panels > 1 ? kernel.wide
-                             : kernel.tile[variant])[count],
-               kernel.input, tile, args, count * panels * kPanel, advance(a, kernel.input, first * tile.a_row), segment,
-               b);
+    };
+    const auto take = [&](const void* from, int64_t depth) {
+      for (int64_t p = 0; p < 2; ++p) {
+        const bool takes = args.stream && !wide && p < panels;
+        tile.ahead[p] = takes ? args.stream->take(from, depth * kPanel * storage_bytes(kernel.input)) : 0;
+      }
+    };
+    if (chain_by_chain(kernel, args) && tiles > 1 && panels == 1) {
+      for (int64_t i = 0; i < chains.count(); ++i) {
+        tile.first = i == 0;
+        tile.last = i + 1 == chains.count();
+        each_tile([&](int64_t first, int64_t count) {
+          tile.partial = partial + first * kPanel;
+          chains.place(i, advance(a, kernel.input, first * tile.a_row), b, tile);
+          take(tile.b, tile.segments * tile.segment_length);
+          fn[count](tile);
+        });
+      }
+    } else {
+      each_tile([&](int64_t first, int64_t count) {
+        take(b, k);
+        run_chains(fn[count], tile, chains, count * panels * kPanel, args.chain <= kShortChain ? 1 : kChainGroup,
+                   advance(a, kernel.input, first * tile.a_row), b);
+      });
     }
     panel += panels;
   }
@@ -239,7 +295,7 @@ void gemm(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begin, int
   if (args.split) return kernel.split->product(args, row_begin, row_end, panel_begin, panel_end);
   if (kernel.matrix) return kernel.matrix->product(args, row_begin, row_end, panel_begin, panel_end);
   const int64_t tiles = div_up(rows, kernel.max_rows);
-  const int64_t blocks = div_up(tiles, block_tiles(kernel, args.segments * args.segment_length));
+  const int64_t blocks = div_up(tiles, block_tiles(kernel, args));
   for (int64_t b = 0; b < blocks; ++b) {
     gemm_block(kernel, args, row_begin + rows * b / blocks, row_begin + rows * (b + 1) / blocks, panel_begin,
                panel_end);

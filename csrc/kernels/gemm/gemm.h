@@ -108,6 +108,9 @@ struct GemmKernel {
   const MatrixUnit* matrix;
   // beside register tiles: for float32 products in terms, or null
   const MatrixUnit* split;
+  // About as many values of K of a panel stay in L1 beside what else a tile reads, where reading them from L2 for each
+  // tile takes longer than to keep sums in memory between chains of that length; 0: it does not.
+  int64_t depth;
   // rows of the largest tile; tile[v][r] takes exactly r rows, row_stride[v] apart
   int max_rows;
   GemmTileFn tile[kRowVariants][16];

@@ -5,6 +5,16 @@
 
 namespace mnv4 {
 
-extern const GemmKernel gemm_f32_avx2 = make_gemm_kernel<float, float, 6, 1, 4>("gemm_f32_avx2");
+namespace {
+
+// L1 has 32 KiB, and another thread may share it: 10 of them are for weights.
+constexpr GemmKernel in_chains(GemmKernel kernel) {
+  kernel.depth = 160;
+  return kernel;
+}
+
+}  // namespace
+
+extern const GemmKernel gemm_f32_avx2 = in_chains(make_gemm_kernel<float, float, 6, 1, 4>("gemm_f32_avx2"));
 
 }  // namespace mnv4

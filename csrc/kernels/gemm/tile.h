@@ -1,6 +1,7 @@
 // The register tile of every GEMM kernel, over whichever Vec the including file chose.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "kernels/gemm/gemm.h"
@@ -49,6 +50,10 @@ constexpr ptrdiff_t row_stride(int variant) {
 // do another's work at the same time; of all rows, the loads would be too many.
 constexpr int kLoadedTwice = 6;
 
+// Values of K between two tests of the loop's end, where a processor with 16 registers has the fewest multiply-adds for
+// each other instruction.
+constexpr int kUnrolled = Vec::kWidth == kPanel / 2 ? 4 : 1;
+
 // MR rows by NP panels. Sums run over K in order, one fused multiply-add each, so that every tile shape gives the
 // same bits. With a compiled row stride all rows are displacements of one pointer; else one pointer serves three rows,
 // base + {0, 1, 2} * row: x86 can scale an index by 2, and there are registers for them all.
@@ -73,12 +78,15 @@ void gemm_tile(const GemmTile& t) {
   const auto* residual = static_cast<const Out*>(t.residual);
   auto* c = static_cast<Out*>(t.c);
   const ptrdiff_t b_panel = NP > 1 ? t.b_panel : 0;
-  [[maybe_unused]] const ptrdiff_t ahead[] = {t.ahead[0], t.ahead[1]};
+  [[maybe_unused]] const ptrdiff_t fetch[] = {t.ahead[0], t.ahead[1]};
   // where a vector's columns begin
   const auto column = [](int v, ptrdiff_t panel) {
     constexpr int kPerPanel = kPanel / Vec::kWidth;
     return NP > 1 ? (v / kPerPanel) * panel + (v % kPerPanel) * Vec::kWidth : v * Vec::kWidth;
   };
+  // a segment, as whole steps of the loop and what is left; all of it is left to the loop that fetches if there is what
+  const int64_t fours = kUnrolled == 4 && !fetch[0] ? t.segment_length / kUnrolled : 0;
+  const int64_t singles = t.segment_length / A::kGroup - fours * kUnrolled;
   for (int64_t s = 0; s < t.segments; ++s) {
     const In* base[kBases];
 #pragma GCC unroll 16
@@ -87,21 +95,24 @@ void gemm_tile(const GemmTile& t) {
       // keeps the compiler from deriving every row's address anew from one base
       asm volatile("" : "+r"(base[i]));
     }
-    const auto multiply = [&]() __attribute__((always_inline)) {
+    // the factors `ahead` values of K behind base
+    const auto multiply = [&](int ahead, auto fetching) __attribute__((always_inline)) {
       typename A::Packed w[kVectors];
+      const In* weights = b + ahead * kPanel;
 #pragma GCC unroll 64
       for (int v = 0; v < kVectors; ++v) {
         constexpr int kPerPanel = kPanel / Vec::kWidth;
-        w[v] = A::load(b + (v / kPerPanel) * b_panel + (v % kPerPanel) * Vec::kWidth * A::kGroup);
+        w[v] = A::load(weights + (v / kPerPanel) * b_panel + (v % kPerPanel) * Vec::kWidth * A::kGroup);
       }
+      if constexpr (fetching) {
 #pragma GCC unroll 4
-      for (int p = 0; p < NP; ++p) __builtin_prefetch(b + p * b_panel + 16 * kPanel * A::kGroup);
-      if constexpr (NP <= 2) __builtin_prefetch(reinterpret_cast<const char*>(b) + ahead[0], 0, 2);
-      if constexpr (NP == 2) __builtin_prefetch(reinterpret_cast<const char*>(b) + ahead[1], 0, 2);
-      b += kPanel * A::kGroup;
+        for (int p = 0; p < NP; ++p) __builtin_prefetch(weights + p * b_panel + 16 * kPanel * A::kGroup);
+        if constexpr (NP <= 2) __builtin_prefetch(reinterpret_cast<const char*>(weights) + fetch[0], 0, 2);
+        if constexpr (NP == 2) __builtin_prefetch(reinterpret_cast<const char*>(weights) + fetch[1], 0, 2);
+      }
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) {
-        const In* factor = base[r / kRowsPerBase] + (r % kRowsPerBase) * row;
+        const In* factor = base[r / kRowsPerBase] + (r % kRowsPerBase) * row + ahead;
         if constexpr (NP == 2) {
           if (kRow && r < kLoadedTwice) {
 #pragma GCC unroll 64
@@ -113,17 +124,40 @@ void gemm_tile(const GemmTile& t) {
 #pragma GCC unroll 64
         for (int v = 0; v < kVectors; ++v) acc[r][v] = A::multiply_add(x, w[v], acc[r][v]);
       }
+      // nothing of the next one is loaded before: there are no registers for it
+      asm volatile("" : "+r"(b));
 #pragma GCC unroll 16
-      for (int i = 0; i < kBases; ++i) base[i] += A::kGroup;
+      for (int j = 0; j < kBases; ++j) asm volatile("" : "+r"(base[j]));
+    };
+    const auto advance = [&](int by) __attribute__((always_inline)) {
+      b += by * kPanel;
+#pragma GCC unroll 16
+      for (int i = 0; i < kBases; ++i) base[i] += by;
     };
     if constexpr (VARIANT == kImageRow && A::kGroup == 1) {
       // as many as the loop below would make
 #pragma GCC unroll 4
-      for (int k = 0; k < image_segment<In>(); k += A::kGroup) multiply();
-    } else {
-      // GCC spills accumulators, or operands that rows share, when it unrolls this loop
+      for (int k = 0; k < image_segment<In>(); k += A::kGroup) {
+        multiply(0, std::true_type{});
+        advance(A::kGroup);
+      }
+      continue;
+    }
+    if constexpr (kUnrolled == 4) {
 #pragma GCC unroll 1
-      for (int64_t k = 0; k < t.segment_length; k += A::kGroup) multiply();
+      for (int64_t i = fours; i > 0; --i) {
+        multiply(0, std::false_type{});
+        multiply(1, std::false_type{});
+        multiply(2, std::false_type{});
+        multiply(3, std::false_type{});
+        advance(kUnrolled);
+      }
+    }
+    // GCC spills accumulators, or operands that rows share, when it unrolls this loop
+#pragma GCC unroll 1
+    for (int64_t i = singles; i > 0; --i) {
+      multiply(0, std::true_type{});
+      advance(A::kGroup);
     }
   }
   if (!t.first) {
