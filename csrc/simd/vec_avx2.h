@@ -10,19 +10,14 @@ namespace {
 
 #define MNV4_INLINE inline __attribute__((always_inline))
 
-// One float as a factor of every lane. Its multiply-add leaves the sum in its register, whatever the compiler thinks:
-// GCC 12 moves and spills sums of loops that are unrolled by hand.
-struct Factor {
-  __m256 v;
-};
-
 struct Vec {
   static constexpr int kWidth = 8;
   __m256 v;
 
   static MNV4_INLINE Vec zero() { return {_mm256_setzero_ps()}; }
   static MNV4_INLINE Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
-  static MNV4_INLINE Factor factor(const float* p) { return {_mm256_broadcast_ss(p)}; }
+  // one float as a factor of every lane
+  static MNV4_INLINE Vec factor(const float* p) { return broadcast(*p); }
   static MNV4_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static MNV4_INLINE Vec load(const float* p, int n) { return {_mm256_maskload_ps(p, mask(n))}; }
   static MNV4_INLINE Vec load_bf16(const uint16_t* p) {
@@ -68,9 +63,12 @@ MNV4_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 MNV4_INLINE Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 // a * b + c
 MNV4_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-MNV4_INLINE Vec fma(Factor a, Vec b, Vec c) {
-  asm("vfmadd231ps %2, %1, %0" : "+x"(c.v) : "x"(a.v), "x"(b.v));
-  return c;
+// sum[i] += *x * w[i]
+MNV4_INLINE void multiply_add(const float* x, const Vec (&w)[2], Vec (&sum)[2]) {
+  __m256 factor;
+  asm("vbroadcastss %[x], %[factor]\n\tvfmadd231ps %[factor], %[w0], %[sum0]\n\tvfmadd231ps %[factor], %[w1], %[sum1]"
+      : [factor] "=&x"(factor), [sum0] "+x"(sum[0].v), [sum1] "+x"(sum[1].v)
+      : [x] "m"(*x), [w0] "x"(w[0].v), [w1] "x"(w[1].v));
 }
 // the second operand wins where either is NaN
 MNV4_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }

@@ -50,15 +50,11 @@ constexpr ptrdiff_t row_stride(int variant) {
 // do another's work at the same time; of all rows, the loads would be too many.
 constexpr int kLoadedTwice = 6;
 
-// Values of K between two tests of the loop's end, where a processor with 16 registers has the fewest multiply-adds for
-// each other instruction.
-constexpr int kUnrolled = Vec::kWidth == kPanel / 2 ? 4 : 1;
-
 // MR rows by NP panels. Sums run over K in order, one fused multiply-add each, so that every tile shape gives the
 // same bits. With a compiled row stride all rows are displacements of one pointer; else one pointer serves three rows,
 // base + {0, 1, 2} * row: x86 can scale an index by 2, and there are registers for them all.
-template <class In, class Out, int MR, int NP, RowVariant VARIANT = kAnyRow>
-void gemm_tile(const GemmTile& t) {
+template <class In, class Out, int MR, int NP, RowVariant VARIANT, int TURN>
+void gemm_tile_by(const GemmTile& t) {
   using A = Operand<In>;
   using C = simd::Stored<Out>;
   constexpr int kVectors = kPanel / Vec::kWidth * NP;
@@ -84,9 +80,6 @@ void gemm_tile(const GemmTile& t) {
     constexpr int kPerPanel = kPanel / Vec::kWidth;
     return NP > 1 ? (v / kPerPanel) * panel + (v % kPerPanel) * Vec::kWidth : v * Vec::kWidth;
   };
-  // a segment, as whole steps of the loop and what is left; all of it is left to the loop that fetches if there is what
-  const int64_t fours = kUnrolled == 4 && !fetch[0] ? t.segment_length / kUnrolled : 0;
-  const int64_t singles = t.segment_length / A::kGroup - fours * kUnrolled;
   for (int64_t s = 0; s < t.segments; ++s) {
     const In* base[kBases];
 #pragma GCC unroll 16
@@ -96,7 +89,7 @@ void gemm_tile(const GemmTile& t) {
       asm volatile("" : "+r"(base[i]));
     }
     // the factors `ahead` values of K behind base
-    const auto multiply = [&](int ahead, auto fetching) __attribute__((always_inline)) {
+    const auto multiply = [&](int ahead) __attribute__((always_inline)) {
       typename A::Packed w[kVectors];
       const In* weights = b + ahead * kPanel;
 #pragma GCC unroll 64
@@ -104,7 +97,7 @@ void gemm_tile(const GemmTile& t) {
         constexpr int kPerPanel = kPanel / Vec::kWidth;
         w[v] = A::load(weights + (v / kPerPanel) * b_panel + (v % kPerPanel) * Vec::kWidth * A::kGroup);
       }
-      if constexpr (fetching) {
+      if constexpr (TURN == 1) {
 #pragma GCC unroll 4
         for (int p = 0; p < NP; ++p) __builtin_prefetch(weights + p * b_panel + 16 * kPanel * A::kGroup);
         if constexpr (NP <= 2) __builtin_prefetch(reinterpret_cast<const char*>(weights) + fetch[0], 0, 2);
@@ -119,6 +112,10 @@ void gemm_tile(const GemmTile& t) {
             for (int v = 0; v < kVectors; ++v) acc[r][v] = fma(factor, w[v], acc[r][v]);
             continue;
           }
+        }
+        if constexpr (TURN == 4 && kVectors == 2) {
+          multiply_add(factor, w, acc[r]);
+          continue;
         }
         const auto x = A::broadcast(factor);
 #pragma GCC unroll 64
@@ -138,26 +135,28 @@ void gemm_tile(const GemmTile& t) {
       // as many as the loop below would make
 #pragma GCC unroll 4
       for (int k = 0; k < image_segment<In>(); k += A::kGroup) {
-        multiply(0, std::true_type{});
+        multiply(0);
         advance(A::kGroup);
       }
       continue;
     }
-    if constexpr (kUnrolled == 4) {
+    if constexpr (TURN == 4) {
+      const In* const end = base[0] + t.segment_length;
 #pragma GCC unroll 1
-      for (int64_t i = fours; i > 0; --i) {
-        multiply(0, std::false_type{});
-        multiply(1, std::false_type{});
-        multiply(2, std::false_type{});
-        multiply(3, std::false_type{});
-        advance(kUnrolled);
+      do {
+        multiply(0);
+        multiply(1);
+        multiply(2);
+        multiply(3);
+        advance(TURN);
+      } while (base[0] < end);
+    } else {
+      // GCC spills accumulators, or operands that rows share, when it unrolls this loop
+#pragma GCC unroll 1
+      for (int64_t k = 0; k < t.segment_length; k += A::kGroup) {
+        multiply(0);
+        advance(A::kGroup);
       }
-    }
-    // GCC spills accumulators, or operands that rows share, when it unrolls this loop
-#pragma GCC unroll 1
-    for (int64_t i = singles; i > 0; --i) {
-      multiply(0, std::true_type{});
-      advance(A::kGroup);
     }
   }
   if (!t.first) {
@@ -236,6 +235,16 @@ void gemm_tile(const GemmTile& t) {
       C::store(c + r * t.c_row + column(v, t.c_panel), acc[r][v], valid);
     }
   }
+}
+
+// Processors with 16 registers have the fewest multiply-adds for each other instruction: a turn of their loop is four
+// values of K, unless weights are to be fetched.
+template <class In, class Out, int MR, int NP, RowVariant VARIANT = kAnyRow>
+void gemm_tile(const GemmTile& t) {
+  if constexpr (Vec::kWidth == kPanel / 2 && VARIANT != kImageRow) {
+    if (t.segment_length % 4 == 0 && !t.ahead[0]) return gemm_tile_by<In, Out, MR, NP, VARIANT, 4>(t);
+  }
+  gemm_tile_by<In, Out, MR, NP, VARIANT, 1>(t);
 }
 
 // A kernel's table: tiles of 1 to MAX rows for each compiled stride, wide tiles of 1 to WIDE rows by NP panels, and
