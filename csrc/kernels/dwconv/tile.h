@@ -213,8 +213,10 @@ template <class In, class Out>
 struct PlaneRows {
   template <int K, int S>
   static DwconvRowsFn<In, Out> select(const DwconvArgs& a) {
-    if constexpr (Vec::kWidth == kPanel) {
+    if constexpr (Vec::kWidth > 1) {
       if (a.x_pixel == kPanel && a.y_pixel == kPanel) return of_width<K, S, kPanel, kPanel>(a.out_width);
+    }
+    if constexpr (Vec::kWidth == kPanel) {
       // what a matrix unit will read, from what it summed or has read, too
       if constexpr (std::is_same_v<Out, simd::Bf16>) {
         constexpr int kPair = 2 * kPanel;
@@ -228,11 +230,16 @@ struct PlaneRows {
  private:
   template <int K, int S, int X_PIXEL, int Y_PIXEL>
   static DwconvRowsFn<In, Out> of_width(int64_t out_width) {
-    if (out_width % 16 == 0) return dwconv_rows_tiled<K, S, 16, X_PIXEL, Y_PIXEL, In, Out>;
-    if (out_width % 14 == 0) return dwconv_rows_tiled<K, S, 14, X_PIXEL, Y_PIXEL, In, Out>;
-    if (out_width % 12 == 0) return dwconv_rows_tiled<K, S, 12, X_PIXEL, Y_PIXEL, In, Out>;
+    if constexpr (Vec::kWidth == kPanel) {
+      if (out_width % 16 == 0) return dwconv_rows_tiled<K, S, 16, X_PIXEL, Y_PIXEL, In, Out>;
+      if (out_width % 14 == 0) return dwconv_rows_tiled<K, S, 14, X_PIXEL, Y_PIXEL, In, Out>;
+      if (out_width % 12 == 0) return dwconv_rows_tiled<K, S, 12, X_PIXEL, Y_PIXEL, In, Out>;
+    }
     if (out_width % 8 == 0) return dwconv_rows_tiled<K, S, 8, X_PIXEL, Y_PIXEL, In, Out>;
     if (out_width % 7 == 0) return dwconv_rows_tiled<K, S, 7, X_PIXEL, Y_PIXEL, In, Out>;
+    if constexpr (Vec::kWidth < kPanel) {
+      if (out_width % 6 == 0) return dwconv_rows_tiled<K, S, 6, X_PIXEL, Y_PIXEL, In, Out>;
+    }
     return nullptr;
   }
 };

@@ -46,12 +46,14 @@ bool chain_by_chain(const GemmKernel& kernel, const GemmArgs& args) {
   return kernel.depth && args.chain == kChain && k > kernel.depth && k <= kChainGroup * kChain;
 }
 
-// Rows of a block whose operand stays in half of L2 while every panel of weights passes by.
-int64_t block_tiles(const GemmKernel& kernel, const GemmArgs& args) {
+// Blocks of rows whose operand stays in half of L2 while every panel of weights passes by.
+int64_t count_blocks(const GemmKernel& kernel, const GemmArgs& args, int64_t rows) {
   const int64_t budget = cpu::cache_sizes().l2 / 2 / storage_bytes(kernel.input);
-  const int64_t rows = budget / (args.segments * args.segment_length);
-  const int64_t most = chain_by_chain(kernel, args) ? std::min(rows, kPartialRows) : rows;
-  return std::max<int64_t>(1, most / kernel.max_rows);
+  const int64_t k = args.segments * args.segment_length;
+  const bool in_chains = chain_by_chain(kernel, args);
+  if (rows * k <= budget && !(in_chains && rows > kPartialRows)) return 1;
+  const int64_t most = in_chains ? std::min(budget / k, kPartialRows) : budget / k;
+  return div_up(div_up(rows, kernel.max_rows), std::max<int64_t>(1, most / kernel.max_rows));
 }
 
 // A row pitch that is a multiple of 4 KiB puts all rows of a tile in the same L1 set: 60 to 70% of peak. A copy with a
@@ -122,9 +124,12 @@ class Chains {
         length_(args.segment_length),
         longest_(longest),
         whole_(length_ < longest),
-        pieces_(whole_ ? 1 : div_up(length_, longest)),
-        run_(whole_ ? longest / length_ : 1),
-        count_(div_up(segments_, run_) * pieces_) {}
+        one_(segments_ * length_ <= longest),
+        pieces_(one_ || whole_ ? 1 : div_up(length_, longest)),
+        run_(one_     ? segments_
+             : whole_ ? longest / length_
+                      : 1),
+        count_(one_ ? 1 : div_up(segments_, run_) * pieces_) {}
 
   int64_t count() const { return count_; }
 
@@ -146,6 +151,7 @@ class Chains {
   const int64_t length_;
   const int64_t longest_;
   const bool whole_;      // segments are
+  const bool one_;        // all is one chain: nothing is divided, which small products would notice
   const int64_t pieces_;  // of a segment
   const int64_t run_;     // segments of a chain
   const int64_t count_;
@@ -166,11 +172,6 @@ int64_t chain_length(const GemmKernel& kernel, const GemmArgs& args) {
 // One tile's whole reduction; `group`: chains that are summed up in one level.
 void run_chains(GemmTileFn fn, GemmTile& tile, const Chains& chains, int64_t values, int group, const void* a,
                 const void* b) {
-  if (chains.count() == 1) {
-    tile.first = tile.last = true;
-    chains.place(0, a, b, tile);
-    return fn(tile);
-  }
   ChainSums sums(tile, values, group);
   for (int64_t i = 0; i < chains.count(); ++i) {
     tile.last = i + 1 == chains.count();
@@ -179,6 +180,34 @@ void run_chains(GemmTileFn fn, GemmTile& tile, const Chains& chains, int64_t val
     fn(tile);
   }
 }
+
+// A block's rows of some panels, in bytes.
+struct Rows {
+  const char* a;
+  char* c;
+  const char* residual;
+  ptrdiff_t a_row = 0;
+  ptrdiff_t c_row = 0;
+  ptrdiff_t residual_row = 0;
+
+  // Calls visit(rows) for each tile; they differ by one row at most.
+  template <class Visit>
+  void each_tile(int64_t rows, int64_t tiles, GemmTile& tile, const Visit& visit) const {
+    const auto least = static_cast<int64_t>(static_cast<uint32_t>(rows) / static_cast<uint32_t>(tiles));
+    const int64_t longer = rows - least * tiles;
+    Rows at = *this;
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t count = least + (t < longer);
+      tile.a = at.a;
+      tile.c = at.c;
+      tile.residual = at.residual;
+      visit(count);
+      at.a += count * a_row;
+      at.c += count * c_row;
+      at.residual += count * residual_row;
+    }
+  }
+};
 
 void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begin, int64_t row_end, int64_t panel_begin,
                 int64_t panel_end) {
@@ -228,43 +257,48 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
     const void* b = advance(args.b, kernel.input, panel * args.b_panel);
     tile.bias = args.bias + panel * kPanel;
     tile.gamma = args.gamma ? args.gamma + panel * kPanel : nullptr;
-    // tiles differ by one row at most: visit(first row, rows) for each
-    const auto each_tile = [&](const auto& visit) {
-      const int64_t least = rows / tiles;
-      const int64_t longer = rows % tiles;
-      for (int64_t t = 0, first = 0; t < tiles; ++t) {
-        const int64_t count = least + (t < longer);
-        const int64_t row = row_begin + first;
-        tile.c = advance(args.c, kernel.output, row * args.c_row + panel * args.c_panel);
-        if (args.residual) {
-          tile.residual = advance(args.residual, kernel.output, row * args.residual_row + panel * args.residual_panel);
-        }
-        visit(first, count);
-        first += count;
-      }
-    };
+    Rows block{static_cast<const char*>(a), static_cast<char*>(args.c), static_cast<const char*>(args.residual)};
+    block.a_row = tile.a_row * storage_bytes(kernel.input);
+    block.c_row = args.c_row * storage_bytes(kernel.output);
+    block.c += row_begin * block.c_row + panel * args.c_panel * storage_bytes(kernel.output);
+    if (args.residual) {
+      block.residual_row = args.residual_row * storage_bytes(kernel.output);
+      block.residual += row_begin * block.residual_row + panel * args.residual_panel * storage_bytes(kernel.output);
+    }
+    Stream* stream = args.stream && !wide && !args.stream->empty() ? args.stream : nullptr;
     const auto take = [&](const void* from, int64_t depth) {
-      for (int64_t p = 0; p < 2; ++p) {
-        const bool takes = args.stream && !wide && p < panels;
-        tile.ahead[p] = takes ? args.stream->take(from, depth * kPanel * storage_bytes(kernel.input)) : 0;
+      if (!stream) return;
+      for (int64_t p = 0; p < panels; ++p) {
+        tile.ahead[p] = stream->take(from, depth * kPanel * storage_bytes(kernel.input));
       }
     };
+    tile.ahead[0] = tile.ahead[1] = 0;
     if (chain_by_chain(kernel, args) && tiles > 1 && panels == 1) {
       for (int64_t i = 0; i < chains.count(); ++i) {
         tile.first = i == 0;
         tile.last = i + 1 == chains.count();
-        each_tile([&](int64_t first, int64_t count) {
-          tile.partial = partial + first * kPanel;
-          chains.place(i, advance(a, kernel.input, first * tile.a_row), b, tile);
+        tile.partial = partial;
+        chains.place(i, a, b, tile);
+        Rows chain = block;
+        chain.a = static_cast<const char*>(tile.a);
+        chain.each_tile(rows, tiles, tile, [&](int64_t count) {
           take(tile.b, tile.segments * tile.segment_length);
           fn[count](tile);
+          tile.partial += count * kPanel;
         });
       }
+    } else if (chains.count() == 1) {
+      tile.first = tile.last = true;
+      chains.place(0, a, b, tile);
+      block.each_tile(rows, tiles, tile, [&](int64_t count) {
+        take(b, k);
+        fn[count](tile);
+      });
     } else {
-      each_tile([&](int64_t first, int64_t count) {
+      block.each_tile(rows, tiles, tile, [&](int64_t count) {
         take(b, k);
         run_chains(fn[count], tile, chains, count * panels * kPanel, args.chain <= kShortChain ? 1 : kChainGroup,
-                   advance(a, kernel.input, first * tile.a_row), b);
+                   tile.a, b);
       });
     }
     panel += panels;
@@ -294,8 +328,8 @@ void gemm(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begin, int
   }
   if (args.split) return kernel.split->product(args, row_begin, row_end, panel_begin, panel_end);
   if (kernel.matrix) return kernel.matrix->product(args, row_begin, row_end, panel_begin, panel_end);
-  const int64_t tiles = div_up(rows, kernel.max_rows);
-  const int64_t blocks = div_up(tiles, block_tiles(kernel, args));
+  const int64_t blocks = count_blocks(kernel, args, rows);
+  if (blocks == 1) return gemm_block(kernel, args, row_begin, row_end, panel_begin, panel_end);
   for (int64_t b = 0; b < blocks; ++b) {
     gemm_block(kernel, args, row_begin + rows * b / blocks, row_begin + rows * (b + 1) / blocks, panel_begin,
                panel_end);

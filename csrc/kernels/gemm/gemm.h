@@ -156,6 +156,8 @@ class Stream {
   // `rate`: bytes to fetch for each byte of weights that a tile passes through.
   Stream(const Range* begin, const Range* end, double rate) : range_(begin), end_(end), rate_(rate) {}
 
+  bool empty() const { return range_ == end_; }
+
   // GemmTile::ahead of a tile that passes through `bytes` bytes at `b`.
   ptrdiff_t take(const void* b, int64_t bytes) {
     if (range_ == end_) return 0;

@@ -113,7 +113,7 @@ void gemm_tile_by(const GemmTile& t) {
             continue;
           }
         }
-        if constexpr (TURN == 4 && kVectors == 2) {
+        if constexpr (TURN > 1 && kVectors == 2) {
           multiply_add(factor, w, acc[r]);
           continue;
         }
@@ -121,26 +121,31 @@ void gemm_tile_by(const GemmTile& t) {
 #pragma GCC unroll 64
         for (int v = 0; v < kVectors; ++v) acc[r][v] = A::multiply_add(x, w[v], acc[r][v]);
       }
-      // nothing of the next one is loaded before: there are no registers for it
-      asm volatile("" : "+r"(b));
+      if constexpr (TURN > 1) {
+        // nothing of the next one is loaded before: there are no registers for it
+        asm volatile("" : "+r"(b));
 #pragma GCC unroll 16
-      for (int j = 0; j < kBases; ++j) asm volatile("" : "+r"(base[j]));
+        for (int i = 0; i < kBases; ++i) asm volatile("" : "+r"(base[i]));
+      }
     };
     const auto advance = [&](int by) __attribute__((always_inline)) {
       b += by * kPanel;
 #pragma GCC unroll 16
       for (int i = 0; i < kBases; ++i) base[i] += by;
     };
-    if constexpr (VARIANT == kImageRow && A::kGroup == 1) {
+    if constexpr (TURN == 3) {
+      multiply(0);
+      multiply(1);
+      multiply(2);
+      advance(TURN);
+    } else if constexpr (VARIANT == kImageRow && A::kGroup == 1) {
       // as many as the loop below would make
 #pragma GCC unroll 4
       for (int k = 0; k < image_segment<In>(); k += A::kGroup) {
         multiply(0);
         advance(A::kGroup);
       }
-      continue;
-    }
-    if constexpr (TURN == 4) {
+    } else if constexpr (TURN == 4) {
       const In* const end = base[0] + t.segment_length;
 #pragma GCC unroll 1
       do {
@@ -238,11 +243,12 @@ void gemm_tile_by(const GemmTile& t) {
 }
 
 // Processors with 16 registers have the fewest multiply-adds for each other instruction: a turn of their loop is four
-// values of K, unless weights are to be fetched.
+// values of K, an image's whole segment, unless weights are to be fetched.
 template <class In, class Out, int MR, int NP, RowVariant VARIANT = kAnyRow>
 void gemm_tile(const GemmTile& t) {
-  if constexpr (Vec::kWidth == kPanel / 2 && VARIANT != kImageRow) {
-    if (t.segment_length % 4 == 0 && !t.ahead[0]) return gemm_tile_by<In, Out, MR, NP, VARIANT, 4>(t);
+  if constexpr (Vec::kWidth == kPanel / 2) {
+    constexpr int kTurn = VARIANT == kImageRow ? image_segment<In>() : 4;
+    if (t.segment_length % kTurn == 0 && !t.ahead[0]) return gemm_tile_by<In, Out, MR, NP, VARIANT, kTurn>(t);
   }
   gemm_tile_by<In, Out, MR, NP, VARIANT, 1>(t);
 }

@@ -43,50 +43,63 @@ struct Axis<2> {
   }
 };
 
-template <int STRIDE>
-void winograd_terms(const float* const* rows, int64_t tiles, int64_t channels, float* terms, ptrdiff_t term) {
+// Of one vector of channels, all of them or the first `valid`.
+template <int STRIDE, bool WHOLE>
+MNV4_INLINE void winograd_terms_of(const float* const* rows, int64_t tiles, int64_t channels, int64_t c, int valid,
+                                   float* terms, ptrdiff_t term) {
   constexpr int kTerms = Axis<STRIDE>::kForm.terms;
   constexpr int kStep = Axis<STRIDE>::kForm.step;
   // a tile's last columns are the next one's first
   constexpr int kShared = kTerms - kStep;
-  for (int64_t c = 0; c < channels; c += Vec::kWidth) {
-    const int valid = static_cast<int>(channels - c < Vec::kWidth ? channels - c : Vec::kWidth);
-    const auto column = [&](int64_t pixel, Vec(&to)[kTerms]) {
-      const ptrdiff_t at = pixel * channels + c;
+  const auto column = [&](int64_t pixel, Vec(&to)[kTerms]) {
+    const ptrdiff_t at = pixel * channels + c;
+    Vec x[kTerms];
+#pragma GCC unroll 5
+    for (int i = 0; i < kTerms; ++i) x[i] = WHOLE ? Vec::load(rows[i] + at) : Vec::load(rows[i] + at, valid);
+    Axis<STRIDE>::terms(x, to);
+  };
+  Vec shared[kShared][kTerms];
+#pragma GCC unroll 2
+  for (int i = 0; i < kShared; ++i) column(i, shared[i]);
+  for (int64_t t = 0; t < tiles; ++t) {
+    Vec columns[kTerms][kTerms];
+#pragma GCC unroll 2
+    for (int i = 0; i < kShared; ++i) {
+#pragma GCC unroll 5
+      for (int a = 0; a < kTerms; ++a) columns[i][a] = shared[i][a];
+    }
+#pragma GCC unroll 4
+    for (int i = kShared; i < kTerms; ++i) column(kStep * t + i, columns[i]);
+    float* to = terms + t * channels + c;
+#pragma GCC unroll 5
+    for (int a = 0; a < kTerms; ++a) {
       Vec x[kTerms];
 #pragma GCC unroll 5
-      for (int i = 0; i < kTerms; ++i) x[i] = Vec::load(rows[i] + at, valid);
-      Axis<STRIDE>::terms(x, to);
-    };
-    Vec shared[kShared][kTerms];
-#pragma GCC unroll 2
-    for (int i = 0; i < kShared; ++i) column(i, shared[i]);
-    for (int64_t t = 0; t < tiles; ++t) {
-      Vec columns[kTerms][kTerms];
-#pragma GCC unroll 2
-      for (int i = 0; i < kShared; ++i) {
+      for (int i = 0; i < kTerms; ++i) x[i] = columns[i][a];
+      Vec values[kTerms];
+      Axis<STRIDE>::terms(x, values);
 #pragma GCC unroll 5
-        for (int a = 0; a < kTerms; ++a) columns[i][a] = shared[i][a];
-      }
-#pragma GCC unroll 4
-      for (int i = kShared; i < kTerms; ++i) column(kStep * t + i, columns[i]);
-      float* to = terms + t * channels + c;
-#pragma GCC unroll 5
-      for (int a = 0; a < kTerms; ++a) {
-        Vec x[kTerms];
-#pragma GCC unroll 5
-        for (int i = 0; i < kTerms; ++i) x[i] = columns[i][a];
-        Vec values[kTerms];
-        Axis<STRIDE>::terms(x, values);
-#pragma GCC unroll 5
-        for (int b = 0; b < kTerms; ++b) values[b].store(to + (kTerms * a + b) * term, valid);
-      }
-#pragma GCC unroll 2
-      for (int i = 0; i < kShared; ++i) {
-#pragma GCC unroll 5
-        for (int a = 0; a < kTerms; ++a) shared[i][a] = columns[kStep + i][a];
+      for (int b = 0; b < kTerms; ++b) {
+        float* p = to + (kTerms * a + b) * term;
+        WHOLE ? values[b].store(p) : values[b].store(p, valid);
       }
     }
+#pragma GCC unroll 2
+    for (int i = 0; i < kShared; ++i) {
+#pragma GCC unroll 5
+      for (int a = 0; a < kTerms; ++a) shared[i][a] = columns[kStep + i][a];
+    }
+  }
+}
+
+template <int STRIDE>
+void winograd_terms(const float* const* rows, int64_t tiles, int64_t channels, float* terms, ptrdiff_t term) {
+  int64_t c = 0;
+  for (; c + Vec::kWidth <= channels; c += Vec::kWidth) {
+    winograd_terms_of<STRIDE, true>(rows, tiles, channels, c, Vec::kWidth, terms, term);
+  }
+  if (c < channels) {
+    winograd_terms_of<STRIDE, false>(rows, tiles, channels, c, static_cast<int>(channels - c), terms, term);
   }
 }
 
