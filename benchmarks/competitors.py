@@ -231,6 +231,13 @@ def competitors_of(op: str) -> list[str]:
     return [name for name in COMPETITORS if name != absent]
 
 
+def missing(competitor: str, dtype: torch.dtype) -> str:
+    """Why `competitor` can't compute in `dtype` on this processor; empty where it can."""
+    if competitor == "onednn" and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "oneDNN's fused calls want AVX-512 for bfloat16, which this processor does not have"
+    return ""
+
+
 def prepare(case: Case, dtype: torch.dtype, competitor: str) -> tuple[Call, float]:
     """`competitor`'s call of `case`, and its error, checked.
 

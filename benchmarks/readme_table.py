@@ -45,9 +45,9 @@ def _section(file: Path, cases: list[dict[str, Any]], link: str, *, least: bool 
     where = json.loads(file.read_text())["provenance"]
     results = sorted(cases, key=_order)
     lines = [
-        f"{where['cpu']}, torch {where['versions']['torch']}: milliseconds, medians over rounds. *Best other* is the "
-        "fastest of what is not ours, in brackets of how many; *share* is the floor over the better of ours; the last "
-        f"column is that one's lead, with its interval ({link})."
+        f"{file.stem}: {where['cpu']}, torch {where['versions']['torch']}: milliseconds, medians over rounds. *Best "
+        "other* is the fastest of what is not ours, in brackets of how many; *share* is the floor over the better of "
+        f"ours; the last column is that one's lead, with its interval ({link})."
     ]
     columns = COLUMNS + (LEAST if least else ())
     for kind in dict.fromkeys(map(_kind, results)):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from competitors import COMPETITORS, OURS, prepare
+from competitors import COMPETITORS, OURS, missing, prepare
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from mnv4_kernels.backends import native
@@ -40,6 +40,9 @@ def test_op(
     options = pytestconfig.option
     if competitor == OURS and not native.available():
         pytest.skip("; ".join(native.reasons()))
+    reason = missing(competitor, dtype)
+    if reason:
+        pytest.skip(reason)
     torch.set_num_threads(options.threads)
     benchmark.group = case.op
     with torch.no_grad():

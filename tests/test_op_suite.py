@@ -80,6 +80,8 @@ def test_every_competitor_computes_the_op(case: Case, competitor: str, dtype: to
         pytest.skip("test_the_suite_times_compiled_code does this one in a process of its own")
     if competitor == competitors.OURS and not native.available():
         pytest.skip("; ".join(native.reasons()))
+    if reason := competitors.missing(competitor, dtype):
+        pytest.skip(reason)
     with torch.no_grad():
         _, error = competitors.prepare(case, dtype, competitor)
     assert 0 < error < competitors.GATES[dtype]
