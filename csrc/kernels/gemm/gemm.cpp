@@ -273,7 +273,9 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
       }
     };
     tile.ahead[0] = tile.ahead[1] = 0;
-    if (chain_by_chain(kernel, args) && tiles > 1 && panels == 1) {
+    // more chains are summed up in levels
+    const bool level = chains.count() <= kChainGroup;
+    if (chain_by_chain(kernel, args) && level && tiles > 1 && panels == 1) {
       for (int64_t i = 0; i < chains.count(); ++i) {
         tile.first = i == 0;
         tile.last = i + 1 == chains.count();

@@ -1,7 +1,6 @@
 // The register tile of every GEMM kernel, over whichever Vec the including file chose.
 #pragma once
 
-#include <type_traits>
 #include <utility>
 
 #include "kernels/gemm/gemm.h"
