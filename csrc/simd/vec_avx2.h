@@ -28,7 +28,7 @@ struct Vec {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
   }
   MNV4_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
-  // a masked store takes AMD's cores up to Zen 3 eighteen cycles
+  // a Zen 3 takes many times as long for a masked store
   MNV4_INLINE void store(float* p, int n) const { n == kWidth ? store(p) : _mm256_maskstore_ps(p, mask(n), v); }
   MNV4_INLINE void store_bf16(uint16_t* p) const {
     // round to nearest even; NaN keeps a set mantissa bit

@@ -40,7 +40,8 @@ constexpr int kChainGroup = 8;
 // Rows of a block whose sums of a panel are kept between chains.
 constexpr int64_t kPartialRows = 128;
 
-// A long reduction goes chain by chain through all rows of a block, so that L1 keeps the chain's weights.
+// A long reduction goes chain by chain through all rows of a block, so that L1 keeps the chain's weights. Fewer than
+// two groups of chains have the same bits whether they are summed up here or by ChainSums.
 bool chain_by_chain(const GemmKernel& kernel, const GemmArgs& args) {
   const int64_t k = args.segments * args.segment_length;
   return kernel.depth && args.chain == kChain && k > kernel.depth && k <= kChainGroup * kChain;
@@ -273,9 +274,7 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
       }
     };
     tile.ahead[0] = tile.ahead[1] = 0;
-    // more chains are summed up in levels
-    const bool level = chains.count() <= kChainGroup;
-    if (chain_by_chain(kernel, args) && level && tiles > 1 && panels == 1) {
+    if (chain_by_chain(kernel, args) && tiles > 1 && panels == 1) {
       for (int64_t i = 0; i < chains.count(); ++i) {
         tile.first = i == 0;
         tile.last = i + 1 == chains.count();
