@@ -147,7 +147,8 @@ py::dict facts(const Row<Kernel>& row) {
     found["wide_rows"] = row.kernel->wide_rows;
     found["wide_panels"] = row.kernel->wide_panels;
     found["row_stride"] = std::vector<ptrdiff_t>(row.kernel->row_stride, row.kernel->row_stride + kRowVariants);
-    found["image_segment"] = row.kernel->image_segment;
+    const int64_t* lengths = row.kernel->segment_length;
+    found["segment_length"] = std::vector<int64_t>(lengths, lengths + kRowVariants);
   }
   return found;
 }

@@ -40,8 +40,8 @@ class Tile:
         self.input, self.output = dtype_of(kernel["input"]), dtype_of(kernel["output"])
         self.panels = kernel["wide_panels"] if variant < 0 else 2 if pair else 1
         self.n = (self.panels - 1) * PANEL + columns
-        if variant == kernels.image_row:
-            length = kernel["image_segment"]
+        if variant >= 0:
+            length = kernel["segment_length"][variant] or length
         self.segment_length = length
         # overlapping rows are what a strided image has: the same element may belong to several
         self.a_row = kernel["row_stride"][variant] if variant > kernels.any_row else segments * (length + 3) + 5

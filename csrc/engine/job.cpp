@@ -284,8 +284,11 @@ std::vector<Stream::Range> ConvJob::weights(int64_t begin, int64_t end) const {
 }
 
 int64_t ConvJob::passes(int64_t begin, int64_t end) const {
-  const int64_t rows = spec_.args.winograd ? div_up(spec_.y.width, 2) : spec_.y.width;
-  return (end - begin) * gemm_passes(kernel_, rows) * conv_weight_bytes(spec_.args, kernel_.input);
+  const ConvArgs& a = spec_.args;
+  const int64_t rows = a.winograd ? div_up(spec_.y.width, 2) : spec_.y.width;
+  // Winograd's products take one panel at a time
+  const int64_t depth = a.winograd ? 0 : conv_depth(a.shape());
+  return (end - begin) * gemm_passes(kernel_, rows, depth) * conv_weight_bytes(spec_.args, kernel_.input);
 }
 
 DepthwiseJob::DepthwiseJob(const Planes& x, Depthwise dw, int64_t part, int64_t parts)

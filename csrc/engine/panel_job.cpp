@@ -279,7 +279,7 @@ int64_t PanelJob::passes(int64_t begin, int64_t end) const {
   // more workers than tiles
   if (begin == end) return 0;
   const int64_t units = whole_ ? 1 : last_tile_ - first_tile_;
-  return (end - begin) * gemm_passes(kernel_, rows()) * panel_bytes() / units;
+  return (end - begin) * gemm_passes(kernel_, rows(), spec_.depth) * panel_bytes() / units;
 }
 
 }  // namespace mnv4::engine

@@ -71,6 +71,26 @@ MNV4_INLINE void multiply_add(const float* x, const Vec (&w)[2], Vec (&sum)[2]) 
       : [factor] "=&x"(factor), [sum0] "+x"(sum[0].v), [sum1] "+x"(sum[1].v)
       : [x] "m"(*x), [w0] "x"(w[0].v), [w1] "x"(w[1].v));
 }
+// sum[r] += x[r] * w of 8 values, for 1 to 3 rows
+MNV4_INLINE void multiply_add(Vec x, const float* w, Vec& sum) {
+  __m256 weights;
+  asm("vmovups %[w], %[weights]\n\tvfmadd231ps %[weights], %[x], %[sum]"
+      : [weights] "=&x"(weights), [sum] "+x"(sum.v)
+      : [w] "m"(*reinterpret_cast<const __m256_u*>(w)), [x] "x"(x.v));
+}
+MNV4_INLINE void multiply_add(Vec x0, Vec x1, const float* w, Vec& sum0, Vec& sum1) {
+  __m256 weights;
+  asm("vmovups %[w], %[weights]\n\tvfmadd231ps %[weights], %[x0], %[sum0]\n\tvfmadd231ps %[weights], %[x1], %[sum1]"
+      : [weights] "=&x"(weights), [sum0] "+x"(sum0.v), [sum1] "+x"(sum1.v)
+      : [w] "m"(*reinterpret_cast<const __m256_u*>(w)), [x0] "x"(x0.v), [x1] "x"(x1.v));
+}
+MNV4_INLINE void multiply_add(Vec x0, Vec x1, Vec x2, const float* w, Vec& sum0, Vec& sum1, Vec& sum2) {
+  __m256 weights;
+  asm("vmovups %[w], %[weights]\n\tvfmadd231ps %[weights], %[x0], %[sum0]\n\tvfmadd231ps %[weights], %[x1], %[sum1]\n\t"
+      "vfmadd231ps %[weights], %[x2], %[sum2]"
+      : [weights] "=&x"(weights), [sum0] "+x"(sum0.v), [sum1] "+x"(sum1.v), [sum2] "+x"(sum2.v)
+      : [w] "m"(*reinterpret_cast<const __m256_u*>(w)), [x0] "x"(x0.v), [x1] "x"(x1.v), [x2] "x"(x2.v));
+}
 // the second operand wins where either is NaN
 MNV4_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 MNV4_INLINE Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }

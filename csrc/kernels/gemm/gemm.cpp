@@ -32,13 +32,28 @@ MatrixSession::~MatrixSession() {
   if (unit_) unit_->end();
 }
 
+void Stream::fetch() {
+  int64_t lines = due_ / (kOne * kLine);
+  due_ -= lines * kOne * kLine;
+  while (lines > 0 && !empty()) {
+    const char* const from = static_cast<const char*>(range_->data) + done_;
+    const int64_t now = std::min(lines, div_up(range_->bytes - done_, kLine));
+    for (int64_t i = 0; i < now; ++i) __builtin_prefetch(from + i * kLine, 0, 2);
+    lines -= now;
+    advance(now * kLine);
+  }
+}
+
 namespace {
 
 // Chains that are summed up in one level.
 constexpr int kChainGroup = 8;
 
 // Rows of a block whose sums of a panel are kept between chains.
-constexpr int64_t kPartialRows = 128;
+constexpr int64_t kPartialRows = 288;
+
+// Tiles of a call, between which weights are fetched.
+constexpr int64_t kTilesAtOnce = 4;
 
 // A long reduction goes chain by chain through all rows of a block, so that L1 keeps the chain's weights. Fewer than
 // two groups of chains have the same bits whether they are summed up here or by ChainSums.
@@ -47,21 +62,23 @@ bool chain_by_chain(const GemmKernel& kernel, const GemmArgs& args) {
   return kernel.depth && args.chain == kChain && k > kernel.depth && k <= kChainGroup * kChain;
 }
 
-// Blocks of rows whose operand stays in half of L2 while every panel of weights passes by.
-int64_t count_blocks(const GemmKernel& kernel, const GemmArgs& args, int64_t rows) {
-  const int64_t budget = cpu::cache_sizes().l2 / 2 / storage_bytes(kernel.input);
-  const int64_t k = args.segments * args.segment_length;
-  const bool in_chains = chain_by_chain(kernel, args);
-  if (rows * k <= budget && !(in_chains && rows > kPartialRows)) return 1;
-  const int64_t most = in_chains ? std::min(budget / k, kPartialRows) : budget / k;
-  return div_up(div_up(rows, kernel.max_rows), std::max<int64_t>(1, most / kernel.max_rows));
-}
-
 // A row pitch that is a multiple of 4 KiB puts all rows of a tile in the same L1 set: 60 to 70% of peak. A copy with a
 // pitch one panel longer restores it, and costs a pass over the operand.
 bool aliases(const GemmKernel& kernel, const GemmArgs& args, int64_t rows, int64_t panels) {
   const ptrdiff_t set_stride = 4096 / storage_bytes(kernel.input);
   return args.a_row % set_stride == 0 && args.segments == 1 && rows > 4 && panels > 2;
+}
+
+// Blocks of rows whose operand stays in half of L2 while every panel of weights passes by. In chains only the rows of
+// one need to, but what is copied has to be there for all.
+int64_t count_blocks(const GemmKernel& kernel, const GemmArgs& args, int64_t rows, int64_t panels) {
+  const int64_t k = args.segments * args.segment_length;
+  int64_t most = cpu::cache_sizes().l2 / 2 / storage_bytes(kernel.input) / k;
+  if (chain_by_chain(kernel, args)) {
+    most = aliases(kernel, args, rows, panels) ? std::min(most, kPartialRows) : kPartialRows;
+  }
+  if (rows <= most) return 1;
+  return div_up(div_up(rows, kernel.max_rows), std::max<int64_t>(1, most / kernel.max_rows));
 }
 
 const void* copy_rows(const GemmKernel& kernel, const GemmArgs& args, int64_t first, int64_t rows, ptrdiff_t pitch) {
@@ -191,21 +208,26 @@ struct Rows {
   ptrdiff_t c_row = 0;
   ptrdiff_t residual_row = 0;
 
-  // Calls visit(rows) for each tile; they differ by one row at most.
+  // Calls visit(rows) for tiles of as many rows, tile.repeat of them, at most `most` at once; tiles differ by one row
+  // at most.
   template <class Visit>
-  void each_tile(int64_t rows, int64_t tiles, GemmTile& tile, const Visit& visit) const {
+  void each_tile(int64_t rows, int64_t tiles, int64_t most, GemmTile& tile, const Visit& visit) const {
     const auto least = static_cast<int64_t>(static_cast<uint32_t>(rows) / static_cast<uint32_t>(tiles));
-    const int64_t longer = rows - least * tiles;
+    int64_t longer = rows - least * tiles;
     Rows at = *this;
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t count = least + (t < longer);
+    while (tiles > 0) {
+      const int64_t count = least + (longer > 0);
+      tile.repeat = std::min(most, longer > 0 ? longer : tiles);
       tile.a = at.a;
       tile.c = at.c;
       tile.residual = at.residual;
       visit(count);
-      at.a += count * a_row;
-      at.c += count * c_row;
-      at.residual += count * residual_row;
+      const int64_t passed = tile.repeat * count;
+      at.a += passed * a_row;
+      at.c += passed * c_row;
+      at.residual += passed * residual_row;
+      tiles -= tile.repeat;
+      longer -= tile.repeat;
     }
   }
 };
@@ -221,7 +243,6 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
   const ptrdiff_t* segment = args.segment;
 
   GemmTile tile;
-  tile.partial = nullptr;
   tile.residual = nullptr;
   tile.b_panel = args.b_panel;
   tile.residual_row = args.residual_row;
@@ -237,17 +258,18 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
 
   int variant = kAnyRow;
   for (int v = kAnyRow + 1; v < kRowVariants; ++v) {
-    const bool fits = v != kImageRow || args.segment_length == kernel.image_segment;
+    const bool fits = !kernel.segment_length[v] || args.segment_length == kernel.segment_length[v];
     if (tile.a_row == kernel.row_stride[v] && fits) variant = v;
   }
 
   const Chains chains(args, kernel.input, segment, chain_length(kernel, args));
-  alignas(64) float partial[kPartialRows * kPanel];
+  alignas(64) float partial[2 * kPartialRows * kPanel];
+  tile.partial = partial;
   int64_t panel = panel_begin;
   while (panel < panel_end) {
     const int64_t left = panel_end - panel;
     const bool wide = few && left >= kernel.wide_panels;
-    const bool pair = !wide && kernel.pair_rows > 0 && left >= 2;
+    const bool pair = !wide && gemm_pairs(kernel, k) && left >= 2;
     const int64_t panels = wide ? kernel.wide_panels : pair ? 2 : 1;
     const GemmTileFn* fn = pair ? kernel.pair[variant] : panels > 1 ? kernel.wide : kernel.tile[variant];
     const int64_t tiles = div_up(rows, pair ? kernel.pair_rows : kernel.max_rows);
@@ -269,12 +291,14 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
     Stream* stream = args.stream && !wide && !args.stream->empty() ? args.stream : nullptr;
     const auto take = [&](const void* from, int64_t depth) {
       if (!stream) return;
+      if (!kernel.fetches) return stream->pass(tile.repeat * panels * depth * kPanel * storage_bytes(kernel.input));
       for (int64_t p = 0; p < panels; ++p) {
         tile.ahead[p] = stream->take(from, depth * kPanel * storage_bytes(kernel.input));
       }
     };
     tile.ahead[0] = tile.ahead[1] = 0;
-    if (chain_by_chain(kernel, args) && tiles > 1 && panels == 1) {
+    const int64_t at_once = kernel.fetches ? 1 : kTilesAtOnce;
+    if (chain_by_chain(kernel, args) && tiles > 1 && !wide) {
       for (int64_t i = 0; i < chains.count(); ++i) {
         tile.first = i == 0;
         tile.last = i + 1 == chains.count();
@@ -282,21 +306,21 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
         chains.place(i, a, b, tile);
         Rows chain = block;
         chain.a = static_cast<const char*>(tile.a);
-        chain.each_tile(rows, tiles, tile, [&](int64_t count) {
+        chain.each_tile(rows, tiles, at_once, tile, [&](int64_t count) {
           take(tile.b, tile.segments * tile.segment_length);
           fn[count](tile);
-          tile.partial += count * kPanel;
+          tile.partial += tile.repeat * count * panels * kPanel;
         });
       }
     } else if (chains.count() == 1) {
       tile.first = tile.last = true;
       chains.place(0, a, b, tile);
-      block.each_tile(rows, tiles, tile, [&](int64_t count) {
+      block.each_tile(rows, tiles, at_once, tile, [&](int64_t count) {
         take(b, k);
         fn[count](tile);
       });
     } else {
-      block.each_tile(rows, tiles, tile, [&](int64_t count) {
+      block.each_tile(rows, tiles, 1, tile, [&](int64_t count) {
         take(b, k);
         run_chains(fn[count], tile, chains, count * panels * kPanel, args.chain <= kShortChain ? 1 : kChainGroup,
                    tile.a, b);
@@ -329,7 +353,7 @@ void gemm(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begin, int
   }
   if (args.split) return kernel.split->product(args, row_begin, row_end, panel_begin, panel_end);
   if (kernel.matrix) return kernel.matrix->product(args, row_begin, row_end, panel_begin, panel_end);
-  const int64_t blocks = count_blocks(kernel, args, rows);
+  const int64_t blocks = count_blocks(kernel, args, rows, panel_end - panel_begin);
   if (blocks == 1) return gemm_block(kernel, args, row_begin, row_end, panel_begin, panel_end);
   for (int64_t b = 0; b < blocks; ++b) {
     gemm_block(kernel, args, row_begin + rows * b / blocks, row_begin + rows * (b + 1) / blocks, panel_begin,

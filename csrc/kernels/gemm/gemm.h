@@ -42,8 +42,10 @@ struct GemmTile {
   bool first;
   bool last;
   float* partial;  // [rows * panels * kPanel]
+  // Tiles of as many rows below this one, itself included; 1 where tiles fetch.
+  int64_t repeat = 1;
   // Bytes from b to what is brought into L2 line by line while a panel passes by; 0 for nothing. Tiles of one panel and
-  // pairs only.
+  // pairs only, of kernels that fetch.
   ptrdiff_t ahead[2];
 };
 
@@ -61,7 +63,7 @@ using GemmTileFn = void (*)(const GemmTile&);
 
 // Row strides that tiles are compiled for, as displacements of one pointer: any other, stride-2 pixels of an image,
 // planes of 16 channels, every second pixel of such a plane. An image's segments, a row of the 3 x 3 window each, are
-// short, so their length is compiled too.
+// short, so their length is compiled too, as is a plane's for some.
 enum RowVariant { kAnyRow, kImageRow, kPlaneRow, kStridedPlaneRow, kRowVariants };
 
 struct GemmArgs;
@@ -108,14 +110,16 @@ struct GemmKernel {
   const MatrixUnit* matrix;
   // beside register tiles: for float32 products in terms, or null
   const MatrixUnit* split;
-  // About as many values of K of a panel stay in L1 beside what else a tile reads, where reading them from L2 for each
-  // tile takes longer than to keep sums in memory between chains of that length; 0: it does not.
+  // About as many values of K of two panels stay in L1 beside what else a tile reads, where reading them from L2 for
+  // each tile takes longer than to keep sums in memory between chains of that length; 0: it does not.
   int64_t depth;
+  // Tiles fetch weights while they multiply; else what calls them does, and a call may take several tiles.
+  bool fetches;
   // rows of the largest tile; tile[v][r] takes exactly r rows, row_stride[v] apart
   int max_rows;
   GemmTileFn tile[kRowVariants][16];
   ptrdiff_t row_stride[kRowVariants];
-  int64_t image_segment;  // of the tiles of kImageRow
+  int64_t segment_length[kRowVariants];  // that their segments must have, 0: any
   // tiles of two panels, where a load for each multiply-add is more than the processor can do; 0 rows: none
   int pair_rows;
   GemmTileFn pair[kRowVariants][16];
@@ -154,31 +158,49 @@ class Stream {
   };
   Stream() = default;
   // `rate`: bytes to fetch for each byte of weights that a tile passes through.
-  Stream(const Range* begin, const Range* end, double rate) : range_(begin), end_(end), rate_(rate) {}
+  Stream(const Range* begin, const Range* end, double rate)
+      : range_(begin), end_(end), rate_(static_cast<int64_t>(rate * kOne)) {}
 
   bool empty() const { return range_ == end_; }
 
   // GemmTile::ahead of a tile that passes through `bytes` bytes at `b`.
   ptrdiff_t take(const void* b, int64_t bytes) {
-    if (range_ == end_) return 0;
-    credit_ += rate_ * static_cast<double>(bytes);
-    if (credit_ < static_cast<double>(bytes)) return 0;
-    credit_ -= static_cast<double>(bytes);
+    if (empty()) return 0;
+    due_ += rate_ * bytes;
+    if (due_ < kOne * bytes) return 0;
+    due_ -= kOne * bytes;
     const ptrdiff_t ahead = static_cast<const char*>(range_->data) + done_ - static_cast<const char*>(b);
+    advance(bytes);
+    return ahead;
+  }
+
+  // Fetches what is due while a tile passes through `bytes` bytes.
+  void pass(int64_t bytes) {
+    if (empty()) return;
+    due_ += rate_ * bytes;
+    if (due_ >= kOne * kLeast) fetch();
+  }
+
+ private:
+  static constexpr int64_t kOne = 1 << 16;
+  static constexpr int64_t kLine = 64;
+  static constexpr int64_t kLeast = 4 * kLine;
+
+  void fetch();
+  void advance(int64_t bytes) {
     done_ += bytes;
     if (done_ >= range_->bytes) {
       done_ = 0;
       ++range_;
     }
-    return ahead;
   }
 
- private:
   const Range* range_ = nullptr;
   const Range* end_ = nullptr;
   int64_t done_ = 0;
-  double rate_ = 0.0;
-  double credit_ = 0.0;
+  // in parts of kOne
+  int64_t rate_ = 0;
+  int64_t due_ = 0;
 };
 
 // A matrix product over rows [row_begin, row_end) and panels [panel_begin, panel_end) of one operand.
@@ -244,9 +266,12 @@ inline const MatrixUnit* gemm_split(const GemmKernel& kernel, int64_t pixels, in
 // Panels that are multiplied at once where there are as many.
 inline int64_t gemm_panels(const GemmKernel& kernel) { return kernel.matrix || kernel.pair_rows ? 2 : 1; }
 
-// How often each panel of weights passes by while register tiles multiply `rows` rows.
-inline int64_t gemm_passes(const GemmKernel& kernel, int64_t rows) {
-  return div_up(rows, kernel.pair_rows ? kernel.pair_rows : kernel.max_rows);
+// Register tiles take panels in pairs, of a K that is long enough.
+inline bool gemm_pairs(const GemmKernel& kernel, int64_t k) { return kernel.pair_rows > 0 && k >= kernel.depth; }
+
+// How often each panel of weights passes by while register tiles multiply `rows` rows of k values.
+inline int64_t gemm_passes(const GemmKernel& kernel, int64_t rows, int64_t k) {
+  return div_up(rows, gemm_pairs(kernel, k) ? kernel.pair_rows : kernel.max_rows);
 }
 
 // How `tasks` workers share a product: a grid of row chunks by panel chunks.

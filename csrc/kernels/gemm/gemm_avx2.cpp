@@ -9,12 +9,12 @@ namespace {
 
 // L1 has 32 KiB, and another thread may share it: 10 of them are for weights.
 constexpr GemmKernel in_chains(GemmKernel kernel) {
-  kernel.depth = 160;
+  kernel.depth = 128;
   return kernel;
 }
 
 }  // namespace
 
-extern const GemmKernel gemm_f32_avx2 = in_chains(make_gemm_kernel<float, float, 6, 1, 4>("gemm_f32_avx2"));
+extern const GemmKernel gemm_f32_avx2 = in_chains(make_gemm_kernel<float, float, 6, 1, 4, 3>("gemm_f32_avx2"));
 
 }  // namespace mnv4

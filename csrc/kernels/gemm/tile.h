@@ -39,6 +39,16 @@ constexpr int image_segment() {
   return static_cast<int>(round_up(3 * image_channels<In>(), Operand<In>::kGroup));
 }
 
+// Where there are few registers, hardly an instruction may come between multiply-adds: none fetches, and the length of
+// a plane's segments is compiled too.
+constexpr bool kFetches = Vec::kWidth != kPanel / 2;
+
+// Values of K in a segment of a variant; 0: any.
+template <class In>
+constexpr int segment_length(int variant) {
+  return variant == kImageRow ? image_segment<In>() : variant == kAnyRow || kFetches ? 0 : kPanel;
+}
+
 template <class In>
 constexpr ptrdiff_t row_stride(int variant) {
   constexpr ptrdiff_t strides[kRowVariants] = {0, 2 * image_channels<In>(), kPanel, 2 * kPanel};
@@ -53,7 +63,7 @@ constexpr int kLoadedTwice = 6;
 // same bits. With a compiled row stride all rows are displacements of one pointer; else one pointer serves three rows,
 // base + {0, 1, 2} * row: x86 can scale an index by 2, and there are registers for them all.
 template <class In, class Out, int MR, int NP, RowVariant VARIANT, int TURN>
-void gemm_tile_by(const GemmTile& t) {
+MNV4_INLINE void gemm_tile_once(const GemmTile& t, const In* a, Out* c, const Out* residual, float* partial) {
   using A = Operand<In>;
   using C = simd::Stored<Out>;
   constexpr int kVectors = kPanel / Vec::kWidth * NP;
@@ -68,67 +78,84 @@ void gemm_tile_by(const GemmTile& t) {
     for (int r = 0; r < MR; ++r) acc[r][v] = start;
   }
   const ptrdiff_t row = kRow ? kRow : t.a_row;
-  const auto* a = static_cast<const In*>(t.a);
-  const auto* b = static_cast<const In*>(t.b);
-  const auto* residual = static_cast<const Out*>(t.residual);
-  auto* c = static_cast<Out*>(t.c);
+  constexpr int kPointers = kFetches ? 1 : NP;
+  const In* b[kPointers];
   const ptrdiff_t b_panel = NP > 1 ? t.b_panel : 0;
+#pragma GCC unroll 4
+  for (int p = 0; p < kPointers; ++p) b[p] = static_cast<const In*>(t.b) + p * b_panel;
   [[maybe_unused]] const ptrdiff_t fetch[] = {t.ahead[0], t.ahead[1]};
   // where a vector's columns begin
   const auto column = [](int v, ptrdiff_t panel) {
     constexpr int kPerPanel = kPanel / Vec::kWidth;
     return NP > 1 ? (v / kPerPanel) * panel + (v % kPerPanel) * Vec::kWidth : v * Vec::kWidth;
   };
-  for (int64_t s = 0; s < t.segments; ++s) {
+  constexpr int kSegment = segment_length<In>(VARIANT);
+  const ptrdiff_t* const segment = t.segment;
+  const int64_t segments = t.segments;
+  const int64_t length = kSegment ? kSegment : t.segment_length;
+  for (int64_t s = 0; s < segments; ++s) {
     const In* base[kBases];
 #pragma GCC unroll 16
     for (int i = 0; i < kBases; ++i) {
-      base[i] = a + t.segment[s] + row * (kRowsPerBase * i);
+      base[i] = a + segment[s] + row * (kRowsPerBase * i);
       // keeps the compiler from deriving every row's address anew from one base
       asm volatile("" : "+r"(base[i]));
     }
     // the factors `ahead` values of K behind base
+    // nothing of the next value of K is loaded before: there are no registers for it
+    const auto hold = []() __attribute__((always_inline)) { asm volatile("" ::: "memory"); };
     const auto multiply = [&](int ahead) __attribute__((always_inline)) {
-      typename A::Packed w[kVectors];
-      const In* weights = b + ahead * kPanel;
-#pragma GCC unroll 64
-      for (int v = 0; v < kVectors; ++v) {
+      const auto vector = [&](int v) __attribute__((always_inline)) {
         constexpr int kPerPanel = kPanel / Vec::kWidth;
-        w[v] = A::load(weights + (v / kPerPanel) * b_panel + (v % kPerPanel) * Vec::kWidth * A::kGroup);
-      }
-      if constexpr (TURN == 1) {
-#pragma GCC unroll 4
-        for (int p = 0; p < NP; ++p) __builtin_prefetch(weights + p * b_panel + 16 * kPanel * A::kGroup);
-        if constexpr (NP <= 2) __builtin_prefetch(reinterpret_cast<const char*>(weights) + fetch[0], 0, 2);
-        if constexpr (NP == 2) __builtin_prefetch(reinterpret_cast<const char*>(weights) + fetch[1], 0, 2);
-      }
+        const int panel = v / kPerPanel;
+        const In* from = kPointers > 1 ? b[panel] : b[0] + panel * b_panel;
+        return from + ahead * kPanel + (v % kPerPanel) * Vec::kWidth * A::kGroup;
+      };
+      if constexpr (!kFetches && NP == 2) {
+        Vec x[MR];
 #pragma GCC unroll 16
-      for (int r = 0; r < MR; ++r) {
-        const In* factor = base[r / kRowsPerBase] + (r % kRowsPerBase) * row + ahead;
-        if constexpr (NP == 2) {
-          if (kRow && r < kLoadedTwice) {
+        for (int r = 0; r < MR; ++r) x[r] = A::broadcast(base[r / kRowsPerBase] + (r % kRowsPerBase) * row + ahead);
 #pragma GCC unroll 64
-            for (int v = 0; v < kVectors; ++v) acc[r][v] = fma(factor, w[v], acc[r][v]);
+        for (int v = 0; v < kVectors; ++v) {
+          if constexpr (MR == 1) multiply_add(x[0], vector(v), acc[0][v]);
+          if constexpr (MR == 2) multiply_add(x[0], x[1], vector(v), acc[0][v], acc[1][v]);
+          if constexpr (MR == 3) multiply_add(x[0], x[1], x[2], vector(v), acc[0][v], acc[1][v], acc[2][v]);
+        }
+      } else {
+        typename A::Packed w[kVectors];
+#pragma GCC unroll 64
+        for (int v = 0; v < kVectors; ++v) w[v] = A::load(vector(v));
+        if constexpr (kFetches) {
+          const In* weights = vector(0);
+#pragma GCC unroll 4
+          for (int p = 0; p < NP; ++p) __builtin_prefetch(weights + p * b_panel + 16 * kPanel * A::kGroup);
+          if constexpr (NP <= 2) __builtin_prefetch(reinterpret_cast<const char*>(weights) + fetch[0], 0, 2);
+          if constexpr (NP == 2) __builtin_prefetch(reinterpret_cast<const char*>(weights) + fetch[1], 0, 2);
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < MR; ++r) {
+          const In* factor = base[r / kRowsPerBase] + (r % kRowsPerBase) * row + ahead;
+          if constexpr (NP == 2) {
+            if (kRow && r < kLoadedTwice) {
+#pragma GCC unroll 64
+              for (int v = 0; v < kVectors; ++v) acc[r][v] = fma(factor, w[v], acc[r][v]);
+              continue;
+            }
+          }
+          if constexpr (TURN > 1 && kVectors == 2) {
+            multiply_add(factor, w, acc[r]);
             continue;
           }
-        }
-        if constexpr (TURN > 1 && kVectors == 2) {
-          multiply_add(factor, w, acc[r]);
-          continue;
-        }
-        const auto x = A::broadcast(factor);
+          const auto x = A::broadcast(factor);
 #pragma GCC unroll 64
-        for (int v = 0; v < kVectors; ++v) acc[r][v] = A::multiply_add(x, w[v], acc[r][v]);
+          for (int v = 0; v < kVectors; ++v) acc[r][v] = A::multiply_add(x, w[v], acc[r][v]);
+        }
       }
-      if constexpr (TURN > 1) {
-        // nothing of the next one is loaded before: there are no registers for it
-        asm volatile("" : "+r"(b));
-#pragma GCC unroll 16
-        for (int i = 0; i < kBases; ++i) asm volatile("" : "+r"(base[i]));
-      }
+      if constexpr (TURN > 1 || !kFetches) hold();
     };
     const auto advance = [&](int by) __attribute__((always_inline)) {
-      b += by * kPanel;
+#pragma GCC unroll 4
+      for (int p = 0; p < kPointers; ++p) b[p] += by * kPanel;
 #pragma GCC unroll 16
       for (int i = 0; i < kBases; ++i) base[i] += by;
     };
@@ -140,12 +167,12 @@ void gemm_tile_by(const GemmTile& t) {
     } else if constexpr (VARIANT == kImageRow && A::kGroup == 1) {
       // as many as the loop below would make
 #pragma GCC unroll 4
-      for (int k = 0; k < image_segment<In>(); k += A::kGroup) {
+      for (int k = 0; k < kSegment; k += A::kGroup) {
         multiply(0);
         advance(A::kGroup);
       }
     } else if constexpr (TURN == 4) {
-      const In* const end = base[0] + t.segment_length;
+      const In* const end = base[0] + length;
 #pragma GCC unroll 1
       do {
         multiply(0);
@@ -157,7 +184,7 @@ void gemm_tile_by(const GemmTile& t) {
     } else {
       // GCC spills accumulators, or operands that rows share, when it unrolls this loop
 #pragma GCC unroll 1
-      for (int64_t k = 0; k < t.segment_length; k += A::kGroup) {
+      for (int64_t k = 0; k < length; k += A::kGroup) {
         multiply(0);
         advance(A::kGroup);
       }
@@ -167,15 +194,14 @@ void gemm_tile_by(const GemmTile& t) {
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 64
-      for (int v = 0; v < kVectors; ++v)
-        acc[r][v] = acc[r][v] + Vec::load(t.partial + (r * kVectors + v) * Vec::kWidth);
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = acc[r][v] + Vec::load(partial + (r * kVectors + v) * Vec::kWidth);
     }
   }
   if (!t.last) {
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 64
-      for (int v = 0; v < kVectors; ++v) acc[r][v].store(t.partial + (r * kVectors + v) * Vec::kWidth);
+      for (int v = 0; v < kVectors; ++v) acc[r][v].store(partial + (r * kVectors + v) * Vec::kWidth);
     }
     return;
   }
@@ -241,13 +267,30 @@ void gemm_tile_by(const GemmTile& t) {
   }
 }
 
+// As many tiles as are wanted, one below the other.
+template <class In, class Out, int MR, int NP, RowVariant VARIANT, int TURN>
+void gemm_tile_by(const GemmTile& t) {
+  const auto* a = static_cast<const In*>(t.a);
+  auto* c = static_cast<Out*>(t.c);
+  const auto* residual = static_cast<const Out*>(t.residual);
+  float* partial = t.partial;
+  if constexpr (kFetches) return gemm_tile_once<In, Out, MR, NP, VARIANT, TURN>(t, a, c, residual, partial);
+  for (int64_t i = t.repeat; i > 0; --i) {
+    gemm_tile_once<In, Out, MR, NP, VARIANT, TURN>(t, a, c, residual, partial);
+    a += MR * t.a_row;
+    c += MR * t.c_row;
+    if (residual) residual += MR * t.residual_row;
+    partial += MR * NP * kPanel;
+  }
+}
+
 // Processors with 16 registers have the fewest multiply-adds for each other instruction: a turn of their loop is four
-// values of K, an image's whole segment, unless weights are to be fetched.
+// values of K, or an image's whole segment.
 template <class In, class Out, int MR, int NP, RowVariant VARIANT = kAnyRow>
 void gemm_tile(const GemmTile& t) {
-  if constexpr (Vec::kWidth == kPanel / 2) {
-    constexpr int kTurn = VARIANT == kImageRow ? image_segment<In>() : 4;
-    if (t.segment_length % kTurn == 0 && !t.ahead[0]) return gemm_tile_by<In, Out, MR, NP, VARIANT, kTurn>(t);
+  if constexpr (!kFetches) {
+    constexpr int kTurn = VARIANT == kImageRow ? segment_length<In>(VARIANT) : 4;
+    if (VARIANT != kAnyRow || t.segment_length % kTurn == 0) return gemm_tile_by<In, Out, MR, NP, VARIANT, kTurn>(t);
   }
   gemm_tile_by<In, Out, MR, NP, VARIANT, 1>(t);
 }
@@ -258,6 +301,7 @@ template <class In, class Out, RowVariant VARIANT, int... MR>
 constexpr void fill_tiles(GemmKernel& kernel, std::integer_sequence<int, MR...>) {
   ((kernel.tile[VARIANT][MR + 1] = gemm_tile<In, Out, MR + 1, 1, VARIANT>), ...);
   kernel.row_stride[VARIANT] = row_stride<In>(VARIANT);
+  kernel.segment_length[VARIANT] = segment_length<In>(VARIANT);
 }
 template <class In, class Out, RowVariant VARIANT, int... MR>
 constexpr void fill_pairs(GemmKernel& kernel, std::integer_sequence<int, MR...>) {
@@ -276,7 +320,7 @@ constexpr GemmKernel make_gemm_kernel(const char* name) {
   kernel.max_rows = MAX;
   kernel.wide_rows = WIDE;
   kernel.wide_panels = NP;
-  kernel.image_segment = image_segment<In>();
+  kernel.fetches = kFetches;
   const auto rows = std::make_integer_sequence<int, MAX>{};
   static_assert(kRowVariants == 4, "one fill for each variant");
   fill_tiles<In, Out, kAnyRow>(kernel, rows);
