@@ -53,7 +53,7 @@ constexpr int kChainGroup = 8;
 constexpr int64_t kPartialRows = 288;
 
 // Tiles of a call, between which weights are fetched.
-constexpr int64_t kTilesAtOnce = 4;
+constexpr int64_t kTilesAtOnce = 2;
 
 // A long reduction goes chain by chain through all rows of a block, so that L1 keeps the chain's weights. Fewer than
 // two groups of chains have the same bits whether they are summed up here or by ChainSums.
