@@ -76,7 +76,7 @@ int64_t PanelJob::packed_floats() const {
 
 // Planes that a rider takes from scratch at once: those of few pixels in groups, as long as they stay in L1.
 int64_t PanelJob::planes_at_a_time() const {
-  if (!unit_) return gemm_panels(kernel_);
+  if (!unit_) return gemm_panels(kernel_, rows(), spec_.depth);
   return std::clamp<int64_t>(kPixelsAtATime / spec_.x.rows, 2, 2 * std::max<int64_t>(1, spec_.x.images));
 }
 
@@ -107,8 +107,8 @@ PanelJob::Piece PanelJob::piece(int64_t begin, int64_t end) const {
     const auto row = [&](int64_t t) { return spec_.x.rows * (first_tile_ + t) / tiles_ - first_row_; };
     return {panel, 1, image, 1, row(tile), row(last), last - tile};
   }
-  const int64_t most = gemm_panels(kernel_);
-  const int64_t panels = image == 0 && count >= most * units ? most : 1;
+  const int64_t most = std::min(gemm_panels(kernel_, rows(), spec_.depth), count / units);
+  const int64_t panels = image == 0 ? std::max<int64_t>(1, most / 2 * 2) : 1;
   const int64_t images = panels > 1 ? spec_.x.images : std::min(spec_.x.images - image, count / tiles);
   return {panel, panels, image, images, 0, rows(), panels * images * tiles};
 }

@@ -49,8 +49,9 @@ namespace {
 // Chains that are summed up in one level.
 constexpr int kChainGroup = 8;
 
-// Rows of a block whose sums of a panel are kept between chains.
+// Sums that are kept between chains, and rows of a block whose sums of four panels they are.
 constexpr int64_t kPartialRows = 288;
+constexpr int64_t kPartialFloats = 4 * kPanel * kPartialRows;
 
 // Tiles of a call, between which weights are fetched.
 constexpr int64_t kTilesAtOnce = 2;
@@ -67,6 +68,10 @@ bool chain_by_chain(const GemmKernel& kernel, const GemmArgs& args) {
 bool aliases(const GemmKernel& kernel, const GemmArgs& args, int64_t rows, int64_t panels) {
   const ptrdiff_t set_stride = 4096 / storage_bytes(kernel.input);
   return args.a_row % set_stride == 0 && args.segments == 1 && rows > 4 && panels > 2;
+}
+
+bool rows_stay(const GemmKernel& kernel, int64_t rows, int64_t k) {
+  return rows * k * storage_bytes(kernel.input) <= cpu::cache_sizes().l2 / 2;
 }
 
 // Blocks of rows whose operand stays in half of L2 while every panel of weights passes by. In chains only the rows of
@@ -263,11 +268,12 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
   }
 
   const Chains chains(args, kernel.input, segment, chain_length(kernel, args));
-  alignas(64) float partial[2 * kPartialRows * kPanel];
+  alignas(64) float partial[kPartialFloats];
   tile.partial = partial;
-  int64_t panel = panel_begin;
-  while (panel < panel_end) {
-    const int64_t left = panel_end - panel;
+  const bool in_chains = chain_by_chain(kernel, args) && rows > kernel.wide_rows;
+  const int64_t group = in_chains ? gemm_panels(kernel, rows, k) : panel_end - panel_begin;
+  const int64_t passes = in_chains ? chains.count() : 1;
+  const auto pass_by = [&](int64_t pass, int64_t first, int64_t panel, int64_t left) {
     const bool wide = few && left >= kernel.wide_panels;
     const bool pair = !wide && gemm_pairs(kernel, k) && left >= 2;
     const int64_t panels = wide ? kernel.wide_panels : pair ? 2 : 1;
@@ -298,20 +304,17 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
     };
     tile.ahead[0] = tile.ahead[1] = 0;
     const int64_t at_once = kernel.fetches ? 1 : kTilesAtOnce;
-    if (chain_by_chain(kernel, args) && tiles > 1 && !wide) {
-      for (int64_t i = 0; i < chains.count(); ++i) {
-        tile.first = i == 0;
-        tile.last = i + 1 == chains.count();
-        tile.partial = partial;
-        chains.place(i, a, b, tile);
-        Rows chain = block;
-        chain.a = static_cast<const char*>(tile.a);
-        chain.each_tile(rows, tiles, at_once, tile, [&](int64_t count) {
-          take(tile.b, tile.segments * tile.segment_length);
-          fn[count](tile);
-          tile.partial += tile.repeat * count * panels * kPanel;
-        });
-      }
+    if (in_chains) {
+      tile.first = pass == 0;
+      tile.last = pass + 1 == passes;
+      tile.partial = partial + (panel - first) * rows * kPanel;
+      chains.place(pass, a, b, tile);
+      block.a = static_cast<const char*>(tile.a);
+      block.each_tile(rows, tiles, at_once, tile, [&](int64_t count) {
+        take(tile.b, tile.segments * tile.segment_length);
+        fn[count](tile);
+        tile.partial += tile.repeat * count * panels * kPanel;
+      });
     } else if (chains.count() == 1) {
       tile.first = tile.last = true;
       chains.place(0, a, b, tile);
@@ -326,11 +329,23 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
                    tile.a, b);
       });
     }
-    panel += panels;
+    return panels;
+  };
+  for (int64_t first = panel_begin; first < panel_end; first += group) {
+    const int64_t end = std::min(first + group, panel_end);
+    for (int64_t pass = 0; pass < passes; ++pass) {
+      for (int64_t panel = first; panel < end;) panel += pass_by(pass, first, panel, end - panel);
+    }
   }
 }
 
 }  // namespace
+
+int64_t gemm_panels(const GemmKernel& kernel, int64_t rows, int64_t k) {
+  const int64_t least = kernel.matrix || kernel.pair_rows ? 2 : 1;
+  if (!kernel.depth || k <= kernel.depth || rows_stay(kernel, rows, k)) return least;
+  return std::max(least, kPartialFloats / (std::min(rows, kPartialRows) * kPanel) / least * least);
+}
 
 void gemm(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begin, int64_t row_end, int64_t panel_begin,
           int64_t panel_end) {

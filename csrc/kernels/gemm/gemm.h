@@ -263,8 +263,9 @@ inline const MatrixUnit* gemm_split(const GemmKernel& kernel, int64_t pixels, in
   return pixels >= kLeastSplitPixels && k >= kLeastSplitDepth ? kernel.split : nullptr;
 }
 
-// Panels that are multiplied at once where there are as many.
-inline int64_t gemm_panels(const GemmKernel& kernel) { return kernel.matrix || kernel.pair_rows ? 2 : 1; }
+// Panels that are multiplied at once where there are as many: a pair, or where rows outgrow L2 more, so that a chain of
+// theirs is read once for all.
+int64_t gemm_panels(const GemmKernel& kernel, int64_t rows, int64_t k);
 
 // Register tiles take panels in pairs, of a K that is long enough.
 inline bool gemm_pairs(const GemmKernel& kernel, int64_t k) { return kernel.pair_rows > 0 && k >= kernel.depth; }

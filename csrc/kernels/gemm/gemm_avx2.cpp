@@ -1,4 +1,5 @@
-// 6 rows x 16 columns: 12 sums, two weight vectors and one broadcast of 16 registers.
+// 12 sums of 16 registers: 3 rows x 32 columns, three factors and a vector of weights; 6 rows x 16 columns, a factor
+// and two vectors of weights.
 #include "simd/vec_avx2.h"
 
 #include "kernels/gemm/tile.h"
@@ -7,7 +8,7 @@ namespace mnv4 {
 
 namespace {
 
-// L1 has 32 KiB, and another thread may share it: 10 of them are for weights.
+// L1 has 32 KiB, and another thread may share it: 16 of them are for a pair's weights.
 constexpr GemmKernel in_chains(GemmKernel kernel) {
   kernel.depth = 128;
   return kernel;

@@ -59,9 +59,9 @@ constexpr ptrdiff_t row_stride(int variant) {
 // do another's work at the same time; of all rows, the loads would be too many.
 constexpr int kLoadedTwice = 6;
 
-// MR rows by NP panels. Sums run over K in order, one fused multiply-add each, so that every tile shape gives the
-// same bits. With a compiled row stride all rows are displacements of one pointer; else one pointer serves three rows,
-// base + {0, 1, 2} * row: x86 can scale an index by 2, and there are registers for them all.
+// A tile of MR rows by NP panels. Sums run over K in order, one fused multiply-add each, so that every tile shape gives
+// the same bits. With a compiled row stride all rows are displacements of one pointer; else one pointer serves three
+// rows, base + {0, 1, 2} * row: x86 can scale an index by 2, and there are registers for them all.
 template <class In, class Out, int MR, int NP, RowVariant VARIANT, int TURN>
 MNV4_INLINE void gemm_tile_once(const GemmTile& t, const In* a, Out* c, const Out* residual, float* partial) {
   using A = Operand<In>;
@@ -101,9 +101,9 @@ MNV4_INLINE void gemm_tile_once(const GemmTile& t, const In* a, Out* c, const Ou
       // keeps the compiler from deriving every row's address anew from one base
       asm volatile("" : "+r"(base[i]));
     }
-    // the factors `ahead` values of K behind base
     // nothing of the next value of K is loaded before: there are no registers for it
     const auto hold = []() __attribute__((always_inline)) { asm volatile("" ::: "memory"); };
+    // the factors `ahead` values of K behind base
     const auto multiply = [&](int ahead) __attribute__((always_inline)) {
       const auto vector = [&](int v) __attribute__((always_inline)) {
         constexpr int kPerPanel = kPanel / Vec::kWidth;
