@@ -78,7 +78,7 @@ bool rows_stay(const GemmKernel& kernel, int64_t rows, int64_t k) {
 // one need to, but what is copied has to be there for all.
 int64_t count_blocks(const GemmKernel& kernel, const GemmArgs& args, int64_t rows, int64_t panels) {
   const int64_t k = args.segments * args.segment_length;
-  int64_t most = cpu::cache_sizes().l2 / 2 / storage_bytes(kernel.input) / k;
+  int64_t most = cpu::cache_sizes().l2 / 2 / storage_bytes(kernel.input) / std::max<int64_t>(1, k);
   if (chain_by_chain(kernel, args)) {
     most = aliases(kernel, args, rows, panels) ? std::min(most, kPartialRows) : kPartialRows;
   }
