@@ -48,7 +48,7 @@ void multiply(const float* panels, int64_t k, int64_t rows, const float* packed,
   const int64_t out_panels = div_up(n, kPanel);
   each_panel(share, out_panels, [&](int64_t begin, int64_t end) {
     const int64_t weights = args.b_panel * (end - begin) * static_cast<int64_t>(sizeof(float));
-    Stream stream = ahead.stream(div_up(rows, kernel.max_rows) * weights);
+    Stream stream = ahead.stream(gemm_passes(kernel, rows, k) * weights);
     GemmArgs part = args;
     part.stream = &stream;
     gemm(kernel, part, 0, rows, begin, end);

@@ -70,15 +70,16 @@ bool aliases(const GemmKernel& kernel, const GemmArgs& args, int64_t rows, int64
   return args.a_row % set_stride == 0 && args.segments == 1 && rows > 4 && panels > 2;
 }
 
-bool rows_stay(const GemmKernel& kernel, int64_t rows, int64_t k) {
-  return rows * k * storage_bytes(kernel.input) <= cpu::cache_sizes().l2 / 2;
+// Rows that fill half of L2.
+int64_t rows_that_stay(const GemmKernel& kernel, int64_t k) {
+  return cpu::cache_sizes().l2 / 2 / storage_bytes(kernel.input) / std::max<int64_t>(1, k);
 }
 
 // Blocks of rows whose operand stays in half of L2 while every panel of weights passes by. In chains only the rows of
 // one need to, but what is copied has to be there for all.
 int64_t count_blocks(const GemmKernel& kernel, const GemmArgs& args, int64_t rows, int64_t panels) {
   const int64_t k = args.segments * args.segment_length;
-  int64_t most = cpu::cache_sizes().l2 / 2 / storage_bytes(kernel.input) / std::max<int64_t>(1, k);
+  int64_t most = rows_that_stay(kernel, k);
   if (chain_by_chain(kernel, args)) {
     most = aliases(kernel, args, rows, panels) ? std::min(most, kPartialRows) : kPartialRows;
   }
@@ -273,6 +274,7 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
   const bool in_chains = chain_by_chain(kernel, args) && rows > kernel.wide_rows;
   const int64_t group = in_chains ? gemm_panels(kernel, rows, k) : panel_end - panel_begin;
   const int64_t passes = in_chains ? chains.count() : 1;
+  // One pass by the panel and, in a wide tile or a pair, its neighbours; returns how many they are.
   const auto pass_by = [&](int64_t pass, int64_t first, int64_t panel, int64_t left) {
     const bool wide = few && left >= kernel.wide_panels;
     const bool pair = !wide && gemm_pairs(kernel, k) && left >= 2;
@@ -343,7 +345,7 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
 
 int64_t gemm_panels(const GemmKernel& kernel, int64_t rows, int64_t k) {
   const int64_t least = kernel.matrix || kernel.pair_rows ? 2 : 1;
-  if (!kernel.depth || k <= kernel.depth || rows_stay(kernel, rows, k)) return least;
+  if (!kernel.depth || k <= kernel.depth || rows <= rows_that_stay(kernel, k)) return least;
   return std::max(least, kPartialFloats / (std::min(rows, kPartialRows) * kPanel) / least * least);
 }
 

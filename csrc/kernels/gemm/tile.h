@@ -151,7 +151,7 @@ MNV4_INLINE void gemm_tile_once(const GemmTile& t, const In* a, Out* c, const Ou
           for (int v = 0; v < kVectors; ++v) acc[r][v] = A::multiply_add(x, w[v], acc[r][v]);
         }
       }
-      if constexpr (TURN > 1 || !kFetches) hold();
+      if constexpr (!kFetches) hold();
     };
     const auto advance = [&](int by) __attribute__((always_inline)) {
 #pragma GCC unroll 4
