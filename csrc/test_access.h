@@ -430,15 +430,15 @@ inline void define(py::module_& m) {
       "Terms of a row of tiles, from as many rows of pixels x_row apart as it takes.");
   m.def(
       "winograd_rows",
-      [](const std::string& name, int64_t stride, const py::buffer& sums, int64_t tiles, int64_t width,
+      [](const std::string& name, int64_t stride, const py::buffer& sums, int64_t sum, int64_t tiles, int64_t width,
          const std::string& act, const py::buffer& y, int64_t y_row, int64_t y_pixel) {
         auto* first = static_cast<float*>(data(y, true));
         float* const rows[] = {first, y_row ? first + y_row : nullptr};
         const WinogradTransforms& transforms = find(winograd_rows(), name).of_stride[stride - 1];
-        transforms.make_rows(static_cast<const float*>(data(sums)), tiles, width, activation(act), rows, y_pixel);
+        transforms.make_rows(static_cast<const float*>(data(sums)), sum, tiles, width, activation(act), rows, y_pixel);
       },
-      py::arg("name"), py::arg("stride"), py::arg("sums"), py::arg("tiles"), py::arg("width"), py::arg("act"),
-      py::arg("y"), py::arg("y_row"), py::arg("y_pixel"),
+      py::arg("name"), py::arg("stride"), py::arg("sums"), py::arg("sum"), py::arg("tiles"), py::arg("width"),
+      py::arg("act"), py::arg("y"), py::arg("y_row"), py::arg("y_pixel"),
       "Two rows of `width` pixels y_row apart, or one where that is 0.");
 }
 

@@ -312,6 +312,17 @@ def test_every_width_of_planes_in_pairs(kernel: dict[str, Any], taps: int, strid
 
 
 @dwconv_rows
+@pytest.mark.parametrize("taps", [2, 3])
+def test_every_width_that_pooling_reads_without_padding(kernel: dict[str, Any], taps: int) -> None:
+    layouts: list[dict[str, bool]] = [{}, {"plane": True}, {"paired": True}]
+    for width, layout in itertools.product(WIDTHS, layouts):
+        size = (6, 2 * (width - 1) + taps)
+        problem = Depthwise(kernel, (taps, taps), (2, 2), pads=(0, 0, 0, 0), size=size, **layout)
+        problem.run()
+        problem.check()
+
+
+@dwconv_rows
 @pytest.mark.parametrize("channels", [1, 3, 7, 8, 9, 15, 16, 17, 24, 31, 32, 40])
 def test_every_tail_of_channels(kernel: dict[str, Any], channels: int) -> None:
     for taps, width, act in itertools.product((3, 5), (5, 8, 14), ("relu", "hard_swish")):
@@ -495,15 +506,18 @@ def test_winograds_sums_make_two_rows(kernel: dict[str, Any], act: str, stride: 
     count = share.shape[1]
     for width, rows in itertools.product((1, 2, 5, 6), (1, 2)):
         tiles = -(-width // 2)
-        sums = Guarded.of(random(count, count, tiles, PANEL))
+        plane = tiles * PANEL + 3
+        sums = Guarded((count**2 - 1) * plane + tiles * PANEL)
+        given = sums.values.as_strided((count, count, tiles, PANEL), (count * plane, plane, PANEL, 1))
+        given.copy_(random(count, count, tiles, PANEL))
         y_pixel = PANEL + 4
         y_row = width * y_pixel + 1
         y = Guarded((rows - 1) * y_row + (width - 1) * y_pixel + PANEL)
         given_row = y_row if rows == 2 else 0
         kernels.winograd_rows(
-            kernel["listed_name"], stride, sums.buffer, tiles, width, act, y.buffer, given_row, y_pixel
+            kernel["listed_name"], stride, sums.buffer, plane, tiles, width, act, y.buffer, given_row, y_pixel
         )
-        values = sums.values.double().unflatten(0, (count, count, tiles, PANEL))
+        values = given.double()
         parts = torch.einsum("yi,xj,ijtc->ytxc", share, share, values).flatten(1, 2)[:rows, :width]
         exact = ACTIVATIONS[act](parts)
         layout = (rows, width, PANEL), (y_row, y_pixel, 1)

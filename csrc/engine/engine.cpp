@@ -131,7 +131,9 @@ std::vector<Packing> packings(const Node& n, int64_t channels, Storage type) {
   switch (n.what()) {
     case Kind::kConv: {
       Packing conv{Layout::kConv, n.channels, channels, kh, kw, type, n.dilation_w != 1, n.stride_h};
-      if (winograd_fits(conv.conv(), n.stride_h, n.stride_w, n.dilation_h)) conv.layout = Layout::kWinograd;
+      // a single panel of products does not pay for the terms
+      const bool several = n.channels > kPanel;
+      if (several && winograd_fits(conv.conv(), n.stride_h, n.stride_w, n.dilation_h)) conv.layout = Layout::kWinograd;
       return {conv, vector(n.channels)};
     }
     case Kind::kDepthwise: {

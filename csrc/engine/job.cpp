@@ -69,12 +69,16 @@ void Depthwise::run(const DwconvKernel& kernel, const void* x, int64_t x_pixel, 
     const int64_t height = (a.out_height - 1) * a.stride_h + a.kernel_h;
     const int64_t width = (a.out_width - 1) * a.stride_w + a.kernel_w;
     auto* to = reinterpret_cast<char*>(padded);
+    // pixels of a row that lie side by side, as those of the padded one do
+    const int64_t run = x_pixel == kPanel ? std::min(args.width, width - a.pad_left) : 1;
     for (int64_t y = 0; y < height; ++y) {
       const int64_t row = mirrored(y - a.pad_top, args.height) * args.width;
-      for (int64_t i = 0; i < width; ++i, to += pixel_bytes) {
-        const int64_t pixel = row + mirrored(i - a.pad_left, args.width);
-        const void* from = advance(x, kernel.input, pixel * x_pixel);
-        std::memcpy(to, from, static_cast<size_t>(pixel_bytes));
+      for (int64_t i = 0; i < width;) {
+        const int64_t pixels = i == a.pad_left ? run : 1;
+        const void* from = advance(x, kernel.input, (row + mirrored(i - a.pad_left, args.width)) * x_pixel);
+        std::memcpy(to, from, static_cast<size_t>(pixels * pixel_bytes));
+        to += pixels * pixel_bytes;
+        i += pixels;
       }
     }
     a.x = padded;

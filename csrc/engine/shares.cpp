@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
+
+#include "cpu/features.h"
 
 namespace mnv4::engine {
 namespace {
@@ -17,6 +20,13 @@ constexpr double kFarMap = 3.3;
 
 // Rows of a map for each worker from which it pays to read the neighbours' at its edges.
 constexpr int64_t kLeastBand = 4;
+
+// Bytes that are fetched for products that memory bounds, which are the last ones: where a fetch takes the time of a
+// multiply-add only what L2 keeps until then, else all, which at least arrives in the last level.
+double most_late() {
+  return gemm_kernel().fetches ? std::numeric_limits<double>::infinity()
+                               : static_cast<double>(cpu::cache_sizes().l2) / 2.0;
+}
 
 void fetch_ahead_of(std::vector<Step>& steps, size_t worker) {
   struct Use {
@@ -47,8 +57,10 @@ void fetch_ahead_of(std::vector<Step>& steps, size_t worker) {
   starts.push_back(now);
 
   double limit = now;
+  double late = 0.0;
   size_t s = steps.size();
   for (size_t i = uses.size(); i-- > 0;) {
+    if (i >= timeless && (late += static_cast<double>(uses[i].range.bytes)) > most_late()) continue;
     limit = std::min(limit, uses[i].time - kLead) - static_cast<double>(uses[i].range.bytes) / kFetchRate;
     if (limit < 0.0) break;
     while (s > 0 && (s == steps.size() || starts[s] > limit)) --s;

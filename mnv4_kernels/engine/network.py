@@ -126,8 +126,9 @@ class OptimizedNetwork(nn.Module):
         self._check(x)
         found: list[torch.Tensor] = []
         y = x
-        last = len(self.parts) - 1
-        for index, part in enumerate(self.parts):
+        parts = self.parts
+        last = len(parts) - 1
+        for index, part in enumerate(parts):
             if isinstance(part, ProgramPart):
                 results = part(y, tag if index == last else RESULT)
                 # a part's last result is the next part's input; those before it are taps
@@ -185,7 +186,8 @@ class TimmPart(nn.Module):
 
 
 def _like(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    y = y.to(x.dtype)
+    if y.dtype != x.dtype:
+        y = y.to(x.dtype)
     if y.dim() == 4 and suggest_memory_format(x) == torch.channels_last:
         return y.contiguous(memory_format=torch.channels_last)
     return y

@@ -147,6 +147,34 @@ MNV4_INLINE void dwconv_row_tiled(DwconvRow<In, Out>& t, int64_t out_width) {
   dwconv_tile<K, S, TW, Edge::kRight, false, X_PIXEL, Y_PIXEL>(t);
 }
 
+// The rows of taps of output row `oy` that are inside the image, and where the first of them begins.
+template <class In, class Out>
+MNV4_INLINE void place_row(const DwconvArgs& a, int64_t oy, int64_t channel, DwconvRow<In, Out>& t) {
+  const int64_t iy = oy * a.stride_h - a.pad_top;
+  const int64_t above = iy < 0 ? div_up(-iy, a.dilation_h) : 0;
+  const int64_t inside = iy < a.height ? div_up(a.height - iy, a.dilation_h) : 0;
+  t.tap_begin = static_cast<int>(above);
+  t.tap_end = static_cast<int>(inside < a.kernel_h ? inside : a.kernel_h);
+  t.x = static_cast<const In*>(a.x) + iy * a.x_row + channel;
+  t.y = static_cast<Out*>(a.y) + oy * a.y_row + channel;
+}
+
+// Rows of a multiple of TW pixels that read nothing outside of the image's width.
+template <int K, int S, int TW, int X_PIXEL, int Y_PIXEL, class In, class Out>
+void dwconv_rows_inside(const DwconvArgs& a, DwconvRow<In, Out>& t, int64_t channel, int64_t row_begin,
+                        int64_t row_end) {
+  const ptrdiff_t x_pixel = X_PIXEL ? X_PIXEL : t.x_pixel;
+  const ptrdiff_t y_pixel = Y_PIXEL ? Y_PIXEL : t.y_pixel;
+  for (int64_t oy = row_begin; oy < row_end; ++oy) {
+    place_row(a, oy, channel, t);
+    for (int64_t ox = 0; ox < a.out_width; ox += TW) {
+      dwconv_tile<K, S, TW, Edge::kNone, false, X_PIXEL, Y_PIXEL>(t);
+      t.x += TW * S * x_pixel;
+      t.y += TW * y_pixel;
+    }
+  }
+}
+
 // Any kernel, stride and dilation, one output pixel at a time: dilated backbones and unusual kernels.
 template <class In, class Out>
 void dwconv_row_any(const DwconvArgs& a, const DwconvRow<In, Out>& t) {
@@ -164,18 +192,6 @@ void dwconv_row_any(const DwconvArgs& a, const DwconvRow<In, Out>& t) {
     if (t.act == Activation::kRelu) acc = max(Vec::zero(), acc);
     simd::Stored<Out>::store(t.y + ox * t.y_pixel, acc, t.valid);
   }
-}
-
-// The rows of taps of output row `oy` that are inside the image, and where the first of them begins.
-template <class In, class Out>
-MNV4_INLINE void place_row(const DwconvArgs& a, int64_t oy, int64_t channel, DwconvRow<In, Out>& t) {
-  const int64_t iy = oy * a.stride_h - a.pad_top;
-  const int64_t above = iy < 0 ? div_up(-iy, a.dilation_h) : 0;
-  const int64_t inside = iy < a.height ? div_up(a.height - iy, a.dilation_h) : 0;
-  t.tap_begin = static_cast<int>(above);
-  t.tap_end = static_cast<int>(inside < a.kernel_h ? inside : a.kernel_h);
-  t.x = static_cast<const In*>(a.x) + iy * a.x_row + channel;
-  t.y = static_cast<Out*>(a.y) + oy * a.y_row + channel;
 }
 
 // Output rows [row_begin, row_end) of one vector of channels.
@@ -244,10 +260,26 @@ struct PlaneRows {
   }
 };
 
+// The same for rows that read nothing outside of the image's width: pooling, of a mirrored plane too.
+template <int K, int S, class In, class Out>
+DwconvRowsFn<In, Out> select_rows_inside(const DwconvArgs& a) {
+  if (a.pad_left != 0 || (a.out_width - 1) * S + K > a.width) return nullptr;
+  if (a.x_pixel == kPanel && a.y_pixel == kPanel) {
+    if (a.out_width % 8 == 0) return dwconv_rows_inside<K, S, 8, kPanel, kPanel, In, Out>;
+    if (a.out_width % 7 == 0) return dwconv_rows_inside<K, S, 7, kPanel, kPanel, In, Out>;
+  }
+  if (a.out_width % 8 == 0) return dwconv_rows_inside<K, S, 8, 0, 0, In, Out>;
+  if (a.out_width % 7 == 0) return dwconv_rows_inside<K, S, 7, 0, 0, In, Out>;
+  return nullptr;
+}
+
 template <int K, int S, class In, class Out>
 DwconvRowsFn<In, Out> select_rows_of(const DwconvArgs& a, bool partial) {
   if (partial) return dwconv_rows<K, S, true, In, Out>;
-  if constexpr (K <= 5) {
+  if constexpr (K <= 3 && S == 2) {
+    if (const DwconvRowsFn<In, Out> rows = select_rows_inside<K, S, In, Out>(a)) return rows;
+  }
+  if constexpr (K == 3 || K == 5) {
     if (a.pad_left == K / 2 && a.width == a.out_width * S) {
       const DwconvRowsFn<In, Out> rows = PlaneRows<In, Out>::template select<K, S>(a);
       if (rows) return rows;
@@ -263,6 +295,8 @@ DwconvRowsFn<In, Out> select_rows(const DwconvArgs& a, bool partial) {
   const bool square = a.kernel_h == a.kernel_w && a.stride_h == a.stride_w;
   if (!square || a.dilation_w != 1) return dwconv_rows_any<In, Out>;
   switch (a.kernel_w * 10 + a.stride_w) {
+    case 22:
+      return select_rows_of<2, 2, In, Out>(a, partial);
     case 31:
       return select_rows_of<3, 1, In, Out>(a, partial);
     case 32:

@@ -52,6 +52,10 @@ ConvArgs tile_args(ConvArgs a) {
   return a;
 }
 
+// Floats from a term or a sum of `tiles` tiles to the next: an odd number of lines, because a tile's are written or
+// read at once, and a pitch of 4 KiB, 32 tiles of 32 channels, would put all of them in the same set of L1.
+ptrdiff_t pitch(int64_t tiles, int64_t channels) { return round_up(tiles * channels, 2 * kPanel) + kPanel; }
+
 struct Scratch {
   int64_t rows;
   int64_t terms;
@@ -61,8 +65,8 @@ struct Scratch {
     const WinogradForm& form = form_of(args.stride_h);
     const ConvArgs tile = tile_args(args);
     rows = round_up(PaddedRows::floats(tile), kPanel);
-    terms = round_up(form.terms * form.terms * tile.out_width * args.channels, kPanel);
-    sums = form.sums * form.sums * tile.out_width * kPanel;
+    terms = form.terms * form.terms * pitch(tile.out_width, args.channels);
+    sums = form.sums * form.sums * pitch(tile.out_width, kPanel);
   }
 };
 
@@ -157,7 +161,9 @@ WinogradRows::WinogradRows(const GemmKernel& kernel, const ConvArgs& args, float
       transforms_(winograd_kernels().of_stride[args.stride_h - 1]),
       args_(args),
       tile_args_(tile_args(args)),
-      rows_(kernel, tile_args_, scratch, source) {
+      rows_(kernel, tile_args_, scratch, source),
+      term_(pitch(tile_args_.out_width, args.channels)),
+      sum_(pitch(tile_args_.out_width, kPanel)) {
   const Scratch s(args);
   terms_ = scratch + s.rows;
   sums_ = terms_ + s.terms;
@@ -167,7 +173,7 @@ WinogradRows::WinogradRows(const GemmKernel& kernel, const ConvArgs& args, float
   const int64_t plane = tile_args_.out_width * pixel;
   ptrdiff_t* segment = segment_;
   for_each_term(args.stride_h, [&](int a, int b) {
-    for (int64_t p = 0; p < planes; ++p) *segment++ = ((form_.terms * a + b) * planes + p) * plane;
+    for (int64_t p = 0; p < planes; ++p) *segment++ = (form_.terms * a + b) * term_ + p * plane;
   });
   product_.a = terms_;
   product_.a_row = pixel;
@@ -189,7 +195,7 @@ void WinogradRows::rows(int64_t oy, void* const* y) {
     const float* row[kWinogradMostTerms];
     for (int i = 0; i < form_.terms; ++i)
       row[i] = static_cast<const float*>(rows_.at(first + i)) + p * rows_.ring().plane;
-    transforms_.make_terms(row, tiles, pixel, terms_ + p * tiles * pixel, planes * tiles * pixel);
+    transforms_.make_terms(row, tiles, pixel, terms_ + p * tiles * pixel, term_);
   }
   const auto* weight = static_cast<const float*>(args_.weight);
   const auto& terms = kAxes[args_.stride_h - 1].first;
@@ -204,7 +210,7 @@ void WinogradRows::rows(int64_t oy, void* const* y) {
         product_.bias = i == 1 && j == 1 ? args_.bias + panel * kPanel : kNoBias;
         gemm(kernel_, product_, 0, tiles, 0, 1);
         product_.segment += product_.segments;
-        product_.c = static_cast<float*>(product_.c) + tiles * kPanel;
+        product_.c = static_cast<float*>(product_.c) + sum_;
         weight += product_.segments * pixel * kPanel;
       }
     }
@@ -212,7 +218,7 @@ void WinogradRows::rows(int64_t oy, void* const* y) {
     for (int64_t r = 0; r < kRows; ++r) {
       if (y[r]) to[r] = static_cast<float*>(y[r]) + panel * args_.y_panel;
     }
-    transforms_.make_rows(sums_, tiles, args_.out_width, args_.act, to, args_.y_pixel);
+    transforms_.make_rows(sums_, sum_, tiles, args_.out_width, args_.act, to, args_.y_pixel);
   }
 }
 

@@ -37,9 +37,9 @@ struct WinogradTransforms {
   // One row of tiles of one plane: rows[i] is input row i of tile 0, tiles are `step` pixels apart, a pixel has
   // `channels` floats. Term (a, b) of tile t goes to terms + (terms of an axis * a + b) * term + t * channels.
   void (*make_terms)(const float* const* rows, int64_t tiles, int64_t channels, float* terms, ptrdiff_t term);
-  // One panel of 16 channels: sums are [sums][sums][tiles][16]; `width` pixels to y[0] and y[1], y_pixel floats apart.
-  // y[1] may be null.
-  void (*make_rows)(const float* sums, int64_t tiles, int64_t width, Activation act, float* const* y,
+  // One panel of 16 channels: sum (i, j) of tile t is sums + (sums of an axis * i + j) * sum + t * 16. `width` pixels
+  // go to y[0] and y[1], y_pixel floats apart; y[1] may be null.
+  void (*make_rows)(const float* sums, ptrdiff_t sum, int64_t tiles, int64_t width, Activation act, float* const* y,
                     ptrdiff_t y_pixel);
 };
 
@@ -83,6 +83,9 @@ class WinogradRows {
   // a tile is a window
   const ConvArgs tile_args_;
   PaddedRows rows_;
+  // from a term and a sum to the next
+  const ptrdiff_t term_;
+  const ptrdiff_t sum_;
   float* terms_;
   float* sums_;
   ptrdiff_t* segment_;

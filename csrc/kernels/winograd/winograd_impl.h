@@ -104,8 +104,8 @@ void winograd_terms(const float* const* rows, int64_t tiles, int64_t channels, f
 }
 
 template <int STRIDE, bool kIsRelu>
-MNV4_INLINE void winograd_rows_as(const float* sums, int64_t tiles, int64_t width, Activation act, float* const* y,
-                                  ptrdiff_t y_pixel) {
+MNV4_INLINE void winograd_rows_as(const float* sums, ptrdiff_t sum, int64_t tiles, int64_t width, Activation act,
+                                  float* const* y, ptrdiff_t y_pixel) {
   constexpr int kSums = Axis<STRIDE>::kForm.sums;
   const auto activate = [act](Vec x) { return kIsRelu ? max(Vec::zero(), x) : simd::activate(act, x); };
   for (int64_t t = 0; t < tiles; ++t) {
@@ -116,7 +116,7 @@ MNV4_INLINE void winograd_rows_as(const float* sums, int64_t tiles, int64_t widt
       for (int i = 0; i < kSums; ++i) {
         Vec row[kSums];
 #pragma GCC unroll 4
-        for (int j = 0; j < kSums; ++j) row[j] = Vec::load(from + (i * kSums + j) * tiles * kPanel);
+        for (int j = 0; j < kSums; ++j) row[j] = Vec::load(from + (i * kSums + j) * sum);
         Vec both[2];
         Axis<STRIDE>::outputs(row, both);
         pixel[0][i] = both[0];
@@ -136,12 +136,12 @@ MNV4_INLINE void winograd_rows_as(const float* sums, int64_t tiles, int64_t widt
 }
 
 template <int STRIDE>
-void winograd_rows(const float* sums, int64_t tiles, int64_t width, Activation act, float* const* y,
+void winograd_rows(const float* sums, ptrdiff_t sum, int64_t tiles, int64_t width, Activation act, float* const* y,
                    ptrdiff_t y_pixel) {
   if (act == Activation::kRelu) {
-    winograd_rows_as<STRIDE, true>(sums, tiles, width, act, y, y_pixel);
+    winograd_rows_as<STRIDE, true>(sums, sum, tiles, width, act, y, y_pixel);
   } else {
-    winograd_rows_as<STRIDE, false>(sums, tiles, width, act, y, y_pixel);
+    winograd_rows_as<STRIDE, false>(sums, sum, tiles, width, act, y, y_pixel);
   }
 }
 
