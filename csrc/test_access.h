@@ -144,8 +144,6 @@ py::dict facts(const Row<Kernel>& row) {
     found["split"] = row.kernel->split != nullptr;
     found["max_rows"] = row.kernel->max_rows;
     found["pair_rows"] = row.kernel->pair_rows;
-    found["wide_rows"] = row.kernel->wide_rows;
-    found["wide_panels"] = row.kernel->wide_panels;
     found["row_stride"] = std::vector<ptrdiff_t>(row.kernel->row_stride, row.kernel->row_stride + kRowVariants);
     const int64_t* lengths = row.kernel->segment_length;
     found["segment_length"] = std::vector<int64_t>(lengths, lengths + kRowVariants);
@@ -177,7 +175,7 @@ using OptionalBuffer = std::optional<py::buffer>;
 inline void* data(const py::buffer& buffer, bool writable = false) { return buffer.request(writable).ptr; }
 inline void* data(const OptionalBuffer& buffer) { return buffer ? data(*buffer) : nullptr; }
 
-// One tile. `variant` is a RowVariant, or -1 for a wide tile of `rows` rows; a `pair` takes two panels.
+// One tile. `variant` is a RowVariant; a `pair` takes two panels.
 inline void run_gemm_tile(const std::string& name, const Numbers& n, const std::vector<ptrdiff_t>& segments,
                           const std::string& act, const py::buffer& a, const py::buffer& b, const py::buffer& bias,
                           const OptionalBuffer& gamma, const OptionalBuffer& residual, const py::buffer& c,
@@ -207,11 +205,11 @@ inline void run_gemm_tile(const std::string& name, const Numbers& n, const std::
   const int64_t variant = n.at("variant");
   const int64_t rows = n.at("rows");
   const bool pair = n.at("pair") != 0;
-  const int most = variant < 0 ? kernel.wide_rows : pair ? kernel.pair_rows : kernel.max_rows;
-  if (kernel.matrix || rows < 1 || rows > most || variant >= kRowVariants) {
+  const int most = pair ? kernel.pair_rows : kernel.max_rows;
+  if (kernel.matrix || rows < 1 || rows > most || variant < 0 || variant >= kRowVariants) {
     throw py::value_error("no tile of " + name + " has that many rows");
   }
-  (variant < 0 ? kernel.wide : pair ? kernel.pair[variant] : kernel.tile[variant])[rows](tile);
+  (pair ? kernel.pair[variant] : kernel.tile[variant])[rows](tile);
 }
 
 // A product of rows [row_begin, row_end) and panels [panel_begin, panel_end). With `packed` the rows of all images are
@@ -247,6 +245,7 @@ inline void run_gemm(const std::string& name, const Numbers& n, const std::vecto
   args.a_image = n.at("a_image");
   args.rows_behind = n.at("rows_behind");
   args.split = n.at("split") != 0;
+  args.chain = n.at("chain");
   const MatrixUnit* unit = args.split ? kernel.split : kernel.matrix;
   if (args.split && !unit) throw py::value_error(name + " multiplies nothing in terms");
   std::vector<char> packed;
@@ -351,6 +350,8 @@ inline void define(py::module_& m) {
   m.def("lists", &lists, "Every family's list, best kernel first: what each row says of itself.");
   m.attr("any_row") = static_cast<int>(kAnyRow);
   m.attr("image_row") = static_cast<int>(kImageRow);
+  m.attr("longest_chain") = kChain;
+  m.attr("short_chain") = kShortChain;
   m.def("gemm_tile", &run_gemm_tile, py::arg("name"), py::arg("numbers"), py::arg("segments"), py::arg("act"),
         py::arg("a"), py::arg("b"), py::arg("bias"), py::arg("gamma"), py::arg("residual"), py::arg("c"),
         py::arg("partial"), "One GemmTile of kernel `name`; `numbers` are its fields, `rows` and `variant`.");

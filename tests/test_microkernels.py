@@ -38,10 +38,9 @@ class Tile:
         self.kernel, self.rows, self.variant, self.act, self.columns = kernel, rows, variant, act, columns
         self.pair = pair
         self.input, self.output = dtype_of(kernel["input"]), dtype_of(kernel["output"])
-        self.panels = kernel["wide_panels"] if variant < 0 else 2 if pair else 1
+        self.panels = 2 if pair else 1
         self.n = (self.panels - 1) * PANEL + columns
-        if variant >= 0:
-            length = kernel["segment_length"][variant] or length
+        length = kernel["segment_length"][variant] or length
         self.segment_length = length
         # overlapping rows are what a strided image has: the same element may belong to several
         self.a_row = kernel["row_stride"][variant] if variant > kernels.any_row else segments * (length + 3) + 5
@@ -154,15 +153,6 @@ def test_every_epilogue(kernel: dict[str, Any], act: str) -> None:
         tile.check()
 
 
-@gemm_rows
-def test_wide_tiles_of_few_rows(kernel: dict[str, Any]) -> None:
-    for rows, columns in itertools.product(range(1, kernel["wide_rows"] + 1), (1, 7, 8, 9, 15, 16)):
-        for act, epilogue in (("none", False), ("gelu", True)):
-            tile = Tile(kernel, rows, -1, 2, 18, columns, act, gamma=epilogue, residual=epilogue)
-            tile.run()
-            tile.check()
-
-
 paired = [row for row in rows_of("gemm") if row.values[0]["pair_rows"]]
 
 
@@ -178,12 +168,9 @@ def test_every_tile_of_two_panels(kernel: dict[str, Any], variant: int) -> None:
 
 
 @gemm_rows
-@pytest.mark.parametrize("variant", [-1, 0, 2])
+@pytest.mark.parametrize("variant", [0, 2])
 def test_a_reduction_in_chains_adds_up_and_writes_only_at_its_end(kernel: dict[str, Any], variant: int) -> None:
-    rows = kernel["wide_rows"] if variant < 0 else kernel["max_rows"]
-    if rows == 0:
-        pytest.skip(f"{kernel['name']} has no wide tiles")
-    tile = Tile(kernel, rows, variant, segments=7, length=8, act="relu", residual=True)
+    tile = Tile(kernel, kernel["max_rows"], variant, segments=7, length=8, act="relu", residual=True)
     for first, last, part in ((True, False, slice(0, 3)), (False, False, slice(3, 4)), (False, True, slice(4, 7))):
         tile.run(first, last, part)
         assert bool(tile.c.written().any()) == last

@@ -25,6 +25,7 @@ TERMS = [
 MATRIX = [row for row in rows_of("gemm") if row.values[0]["matrix"]]
 gemm_rows = pytest.mark.parametrize("kernel", [*rows_of("gemm"), *TERMS])
 matrix_rows = pytest.mark.parametrize("kernel", [*MATRIX, *TERMS])
+register_rows = pytest.mark.parametrize("kernel", [row for row in rows_of("gemm") if not row.values[0]["matrix"]])
 
 
 def takes(kernel: dict[str, Any], segments: int, length: int) -> bool:
@@ -53,11 +54,12 @@ class Product:
         paired: bool = False,
         paired_residual: bool = False,
         first: int = 0,
+        chain: int | None = None,
     ) -> None:
         self.kernel, self.rows, self.n, self.images, self.act = kernel, rows, n, images, act
         self.input, self.output = dtype_of(kernel["input"]), dtype_of(kernel["output"])
         self.panels = -(-n // PANEL)
-        self.length = length
+        self.length, self.chain = length, chain or kernels.longest_chain
         self.a_row = segments * (length + 2) + 6
         self.a_image = rows * self.a_row + 10
         self.segments = [(length + 2) * index for index in reversed(range(segments))]
@@ -125,6 +127,7 @@ class Product:
             "rows_behind": 0,
             "packed": int(packed),
             "split": int("terms" in self.kernel),
+            "chain": self.chain,
         }
         numbers |= self.steps
         numbers |= {"row_begin": rows.start, "row_end": rows.stop}
@@ -146,7 +149,8 @@ class Product:
         """What was asked for is act(a b + bias) * gamma + residual, and nothing else was written."""
         b, bias = self.b.double()[:, : self.n], self.bias.double()[: self.n]
         exact = ACTIVATIONS[self.act](self.exact_a @ b + bias)
-        bound = 1.2 * (b.shape[0] + 8) * EPS * (self.exact_a.abs() @ b.abs() + bias.abs()) + 16 * EPS * exact.abs()
+        chain = min(b.shape[0], self.chain)
+        bound = 1.2 * (chain + 8) * EPS * (self.exact_a.abs() @ b.abs() + bias.abs()) + 16 * EPS * exact.abs()
         if self.gamma is not None:
             gamma = self.gamma.double()[: self.n]
             exact, bound = exact * gamma, bound * gamma.abs()
@@ -276,6 +280,58 @@ def test_parts_of_a_product_have_the_bits_of_the_whole(kernel: dict[str, Any]) -
         parts.run(rows, panels)
     assert torch.equal(whole.c.written(), parts.c.written())
     assert torch.equal(whole.c.values.nan_to_num(), parts.c.values.nan_to_num())
+
+
+@register_rows
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 16, 17, 36])
+def test_short_chains_of_few_and_of_many_rows(kernel: dict[str, Any], rows: int) -> None:
+    for n, (segments, length) in itertools.product(
+        (1, 16, 24, 48, 80, 120), ((1, 2), (1, 16), (1, 18), (1, 80), (5, 16), (3, 22))
+    ):
+        product = Product(kernel, rows, n, segments, length, chain=kernels.short_chain)
+        product.run()
+        product.check()
+
+
+@register_rows
+@pytest.mark.parametrize("act", ["none", "relu", "gelu"])
+def test_every_epilogue_of_short_chains(kernel: dict[str, Any], act: str) -> None:
+    for rows, gamma, residual, planes in itertools.product((1, 9), (False, True), (False, True), (False, True)):
+        product = Product(
+            kernel, rows, 80, 4, 16, 2, act, gamma, residual, panel_major=planes, chain=kernels.short_chain
+        )
+        product.run()
+        product.check()
+
+
+@register_rows
+@pytest.mark.parametrize("length", [16, 24])
+def test_parts_of_short_chains_have_the_bits_of_the_whole(kernel: dict[str, Any], length: int) -> None:
+    def problem() -> Product:
+        return Product(kernel, 19, 7 * PANEL, 3, length, chain=kernels.short_chain)
+
+    whole, parts = problem(), problem()
+    whole.run()
+    # each way in which rows and panels may be grouped
+    for rows, panels in itertools.product(
+        (slice(0, 1), slice(1, 3), slice(3, 6), slice(6, 19)), (slice(0, 1), slice(1, 3), slice(3, 7))
+    ):
+        parts.run(rows, panels)
+    assert bool(whole.c.written()[whole.c_at].all())
+    assert torch.equal(whole.c.values.nan_to_num(), parts.c.values.nan_to_num())
+
+
+@register_rows
+def test_short_chains_of_a_long_reduction_end_exact(kernel: dict[str, Any]) -> None:
+    """A head adds up a thousand products: within rounding a chain of 16 and the result, whatever the length."""
+    if kernel["input"] != "float32" or kernel["output"] != "float32":
+        pytest.skip("rounding the result would hide it")
+    product = Product(kernel, 4, 64, 1, 1280, chain=kernels.short_chain)
+    product.run()
+    exact = product.exact_a @ product.b.double()[:, :64] + product.bias.double()
+    eager = (product.exact_a.float() @ product.b[:, :64] + product.bias).double()
+    error, eagers = ((result - exact).norm() / exact.norm() for result in (product.c.values[product.c_at], eager))
+    assert error <= 1.5 * eagers, f"{error:.3g}, eager {eagers:.3g}"
 
 
 @matrix_rows

@@ -417,8 +417,7 @@ void MeanJob::run(const Context& context, int64_t begin, int64_t end, Worker& wo
 }
 
 LinearJob::LinearJob(const Planes& x, const Planes& y, const void* weight, const float* bias, Activation act)
-    : Job(div_up(y.blocks(), gemm_kernel(x.type, y.type).wide_panels),
-          static_cast<double>(x.images * x.image() * kPanel)),
+    : Job(div_up(y.blocks(), kFewPanels), static_cast<double>(x.images * x.image() * kPanel)),
       kernel_(gemm_kernel(x.type, y.type)),
       x_(x),
       y_(y),
@@ -443,11 +442,11 @@ void LinearJob::run(const Context& context, int64_t begin, int64_t end, Worker&)
   a.n = y_.image();
   a.act = act_;
   a.chain = kShortChain;
-  gemm(kernel_, a, 0, x_.images, begin * kernel_.wide_panels, std::min(y_.blocks(), end * kernel_.wide_panels));
+  gemm(kernel_, a, 0, x_.images, begin * kFewPanels, std::min(y_.blocks(), end * kFewPanels));
 }
 
 std::vector<Stream::Range> LinearJob::weights(int64_t begin, int64_t end) const {
-  const int64_t unit = kernel_.wide_panels * x_.image() * kPanel;
+  const int64_t unit = kFewPanels * x_.image() * kPanel;
   const int64_t all = y_.blocks() * x_.image() * kPanel;
   std::vector<Stream::Range> found;
   // the first ones last, for they are to be found in L2, which does not hold all

@@ -30,6 +30,13 @@ struct Vec {
   MNV4_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
   // a Zen 3 takes many times as long for a masked store
   MNV4_INLINE void store(float* p, int n) const { n == kWidth ? store(p) : _mm256_maskstore_ps(p, mask(n), v); }
+  // sum[i] += lane i
+  MNV4_INLINE void add_to(double* sum) const {
+    const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(v));
+    const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
+    _mm256_storeu_pd(sum, _mm256_add_pd(_mm256_loadu_pd(sum), low));
+    _mm256_storeu_pd(sum + 4, _mm256_add_pd(_mm256_loadu_pd(sum + 4), high));
+  }
   MNV4_INLINE void store_bf16(uint16_t* p) const {
     // round to nearest even; NaN keeps a set mantissa bit
     const __m256i bits = _mm256_castps_si256(v);

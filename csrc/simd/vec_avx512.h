@@ -43,6 +43,13 @@ struct Vec {
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 #endif
   }
+  // sum[i] += lane i
+  MNV4_INLINE void add_to(double* sum) const {
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+    const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+    _mm512_storeu_pd(sum, _mm512_add_pd(_mm512_loadu_pd(sum), low));
+    _mm512_storeu_pd(sum + 8, _mm512_add_pd(_mm512_loadu_pd(sum + 8), high));
+  }
   MNV4_INLINE void store_bf16(uint16_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded()); }
   // b behind a
   static MNV4_INLINE void store_bf16_pair(uint16_t* p, Vec a, Vec b) {

@@ -52,6 +52,11 @@ struct Vec {
     const uint32x4_t number = vceqq_f32(v, v);
     return vshrn_n_u32(vbslq_u32(number, rounded, vorrq_u32(bits, vdupq_n_u32(0x400000))), 16);
   }
+  // sum[i] += lane i
+  MNV4_INLINE void add_to(double* sum) const {
+    vst1q_f64(sum, vaddq_f64(vld1q_f64(sum), vcvt_f64_f32(vget_low_f32(v))));
+    vst1q_f64(sum + 2, vaddq_f64(vld1q_f64(sum + 2), vcvt_high_f64_f32(v)));
+  }
   MNV4_INLINE void store_bf16(uint16_t* p) const { vst1_u16(p, rounded_to_bf16()); }
   // p[3 i + c] is lane i of a, b and c
   static MNV4_INLINE void store_bf16_triples(uint16_t* p, Vec a, Vec b, Vec c) {

@@ -45,6 +45,8 @@ struct Vec {
   MNV4_INLINE void store(float* p, int n) const {
     if (n > 0) *p = v;
   }
+  // sum[i] += lane i
+  MNV4_INLINE void add_to(double* sum) const { *sum += static_cast<double>(v); }
   MNV4_INLINE void store_bf16(uint16_t* p) const {
     const uint32_t bits = bits_of(v);
     const bool nan = v != v;

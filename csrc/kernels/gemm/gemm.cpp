@@ -106,15 +106,15 @@ constexpr int kTileFloats = 24 * kPanel;
 // is float64, for its additions are of the size of the result: some processors' eager is that exact.
 class ChainSums {
  public:
-  // `values` of the tile; `group`: chains of a sum of the second level.
-  ChainSums(GemmTile& tile, int64_t values, int group) : tile_(tile), values_(values), group_(group) {
+  // `values` of the tile.
+  ChainSums(GemmTile& tile, int64_t values) : tile_(tile), values_(values) {
     tile.partial = partial_;
     tile.first = true;
   }
   // Between two chains; `last` tells whether the coming one ends the reduction.
   void next(bool last) {
     tile_.first = false;
-    if (++chains_ % group_ == 0) {
+    if (++chains_ % kChainGroup == 0) {
       for (int64_t i = 0; i < values_; ++i) {
         total_[i] = (grouped_ ? total_[i] : 0.0) + static_cast<double>(partial_[i]);
         partial_[i] = 0.0f;
@@ -131,7 +131,6 @@ class ChainSums {
  private:
   GemmTile& tile_;
   const int64_t values_;
-  const int group_;
   int chains_ = 0;
   bool grouped_ = false;
   alignas(64) float partial_[kTileFloats] = {};
@@ -193,10 +192,9 @@ int64_t chain_length(const GemmKernel& kernel, const GemmArgs& args) {
   return even ? round_up(div_up(k, 2), kPanel) : args.chain;
 }
 
-// One tile's whole reduction; `group`: chains that are summed up in one level.
-void run_chains(GemmTileFn fn, GemmTile& tile, const Chains& chains, int64_t values, int group, const void* a,
-                const void* b) {
-  ChainSums sums(tile, values, group);
+// One tile's whole reduction.
+void run_chains(GemmTileFn fn, GemmTile& tile, const Chains& chains, int64_t values, const void* a, const void* b) {
+  ChainSums sums(tile, values);
   for (int64_t i = 0; i < chains.count(); ++i) {
     tile.last = i + 1 == chains.count();
     if (i > 0) sums.next(tile.last);
@@ -238,24 +236,82 @@ struct Rows {
   }
 };
 
+// Sets what a tile of `panels` panels from `panel` on reads and writes; returns its rows from `row` on, which lie at
+// `a`.
+Rows place_panels(const GemmKernel& kernel, const GemmArgs& args, const void* a, int64_t row, int64_t panel,
+                  int64_t panels, GemmTile& tile) {
+  const int64_t last_panel = div_up(args.n, kPanel) - 1;
+  const bool is_last = panel + panels - 1 == last_panel;
+  tile.columns = is_last ? static_cast<int>(args.n - last_panel * kPanel) : kPanel;
+  tile.bias = args.bias + panel * kPanel;
+  tile.gamma = args.gamma ? args.gamma + panel * kPanel : nullptr;
+  Rows block{static_cast<const char*>(a), static_cast<char*>(args.c), static_cast<const char*>(args.residual)};
+  block.a_row = tile.a_row * storage_bytes(kernel.input);
+  block.c_row = args.c_row * storage_bytes(kernel.output);
+  block.c += row * block.c_row + panel * args.c_panel * storage_bytes(kernel.output);
+  if (args.residual) {
+    block.residual_row = args.residual_row * storage_bytes(kernel.output);
+    block.residual += row * block.residual_row + panel * args.residual_panel * storage_bytes(kernel.output);
+  }
+  return block;
+}
+
+// A tile of this product, but for where it is.
+GemmTile tile_of(const GemmArgs& args) {
+  GemmTile tile;
+  tile.a_row = args.a_row;
+  tile.b_panel = args.b_panel;
+  tile.residual = nullptr;
+  tile.residual_row = args.residual_row;
+  tile.residual_panel = args.residual_panel;
+  tile.c_row = args.c_row;
+  tile.c_panel = args.c_panel;
+  tile.act = args.act;
+  tile.ahead[0] = tile.ahead[1] = 0;
+  return tile;
+}
+
+// All of K in short chains: the kernel's sums of a few rows and panels, and tiles without any K for their epilogue.
+void gemm_short_chains(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begin, int64_t row_end,
+                       int64_t panel_begin, int64_t panel_end) {
+  GemmTile sums = tile_of(args);
+  sums.segment = args.segment;
+  sums.segments = args.segments;
+  sums.segment_length = args.segment_length;
+  GemmTile finish = tile_of(args);
+  finish.segments = finish.segment_length = 0;
+  finish.first = false;
+  finish.last = true;
+  alignas(64) float partial[kFewPanels * kFewRows * kPanel];
+  for (int64_t panel = panel_begin; panel < panel_end; panel += kFewPanels) {
+    const int64_t panels = std::min(kFewPanels, panel_end - panel);
+    sums.b = advance(args.b, kernel.input, panel * args.b_panel);
+    sums.bias = args.bias + panel * kPanel;
+    for (int64_t row = row_begin; row < row_end; row += kFewRows) {
+      const int64_t rows = std::min(kFewRows, row_end - row);
+      sums.a = advance(args.a, kernel.input, row * args.a_row);
+      sums.partial = finish.partial = partial;
+      kernel.short_chains(sums, rows, panels);
+      for (int64_t p = 0; p < panels; ++p) {
+        const Rows block = place_panels(kernel, args, sums.a, row, panel + p, 1, finish);
+        block.each_tile(rows, div_up(rows, kernel.max_rows), 1, finish, [&](int64_t count) {
+          kernel.tile[kAnyRow][count](finish);
+          finish.partial += count * kPanel;
+        });
+      }
+    }
+  }
+}
+
 void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begin, int64_t row_end, int64_t panel_begin,
                 int64_t panel_end) {
   const int64_t rows = row_end - row_begin;
   const int64_t k = args.segments * args.segment_length;
-  const int64_t last_panel = div_up(args.n, kPanel) - 1;
-  const bool few =
-      rows <= kernel.wide_rows && args.c_panel == kPanel && (!args.residual || args.residual_panel == kPanel);
   const ptrdiff_t whole_row = 0;
   const ptrdiff_t* segment = args.segment;
 
-  GemmTile tile;
-  tile.residual = nullptr;
-  tile.b_panel = args.b_panel;
-  tile.residual_row = args.residual_row;
-  tile.c_row = args.c_row;
-  tile.act = args.act;
+  GemmTile tile = tile_of(args);
   const void* a = advance(args.a, kernel.input, row_begin * args.a_row);
-  tile.a_row = args.a_row;
   if (aliases(kernel, args, rows, panel_end - panel_begin)) {
     tile.a_row = k + kPanel;
     segment = &whole_row;
@@ -271,32 +327,18 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
   const Chains chains(args, kernel.input, segment, chain_length(kernel, args));
   alignas(64) float partial[kPartialFloats];
   tile.partial = partial;
-  const bool in_chains = chain_by_chain(kernel, args) && rows > kernel.wide_rows;
+  const bool in_chains = chain_by_chain(kernel, args);
   const int64_t group = in_chains ? gemm_panels(kernel, rows, k) : panel_end - panel_begin;
   const int64_t passes = in_chains ? chains.count() : 1;
-  // One pass by the panel and, in a wide tile or a pair, its neighbours; returns how many they are.
+  // One pass by the panel and, in a pair, its neighbour; returns how many they are.
   const auto pass_by = [&](int64_t pass, int64_t first, int64_t panel, int64_t left) {
-    const bool wide = few && left >= kernel.wide_panels;
-    const bool pair = !wide && gemm_pairs(kernel, k) && left >= 2;
-    const int64_t panels = wide ? kernel.wide_panels : pair ? 2 : 1;
-    const GemmTileFn* fn = pair ? kernel.pair[variant] : panels > 1 ? kernel.wide : kernel.tile[variant];
+    const bool pair = gemm_pairs(kernel, k) && left >= 2;
+    const int64_t panels = pair ? 2 : 1;
+    const GemmTileFn* fn = pair ? kernel.pair[variant] : kernel.tile[variant];
     const int64_t tiles = div_up(rows, pair ? kernel.pair_rows : kernel.max_rows);
-    tile.c_panel = args.c_panel;
-    tile.residual_panel = args.residual_panel;
-    const bool is_last = panel + panels - 1 == last_panel;
-    tile.columns = is_last ? static_cast<int>(args.n - last_panel * kPanel) : kPanel;
     const void* b = advance(args.b, kernel.input, panel * args.b_panel);
-    tile.bias = args.bias + panel * kPanel;
-    tile.gamma = args.gamma ? args.gamma + panel * kPanel : nullptr;
-    Rows block{static_cast<const char*>(a), static_cast<char*>(args.c), static_cast<const char*>(args.residual)};
-    block.a_row = tile.a_row * storage_bytes(kernel.input);
-    block.c_row = args.c_row * storage_bytes(kernel.output);
-    block.c += row_begin * block.c_row + panel * args.c_panel * storage_bytes(kernel.output);
-    if (args.residual) {
-      block.residual_row = args.residual_row * storage_bytes(kernel.output);
-      block.residual += row_begin * block.residual_row + panel * args.residual_panel * storage_bytes(kernel.output);
-    }
-    Stream* stream = args.stream && !wide && !args.stream->empty() ? args.stream : nullptr;
+    Rows block = place_panels(kernel, args, a, row_begin, panel, panels, tile);
+    Stream* stream = args.stream && !args.stream->empty() ? args.stream : nullptr;
     const auto take = [&](const void* from, int64_t depth) {
       if (!stream) return;
       if (!kernel.fetches) return stream->pass(tile.repeat * panels * depth * kPanel * storage_bytes(kernel.input));
@@ -327,8 +369,7 @@ void gemm_block(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begi
     } else {
       block.each_tile(rows, tiles, 1, tile, [&](int64_t count) {
         take(b, k);
-        run_chains(fn[count], tile, chains, count * panels * kPanel, args.chain <= kShortChain ? 1 : kChainGroup,
-                   tile.a, b);
+        run_chains(fn[count], tile, chains, count * panels * kPanel, tile.a, b);
       });
     }
     return panels;
@@ -370,6 +411,9 @@ void gemm(const GemmKernel& kernel, const GemmArgs& args, int64_t row_begin, int
   }
   if (args.split) return kernel.split->product(args, row_begin, row_end, panel_begin, panel_end);
   if (kernel.matrix) return kernel.matrix->product(args, row_begin, row_end, panel_begin, panel_end);
+  if (args.chain == kShortChain && args.segments * args.segment_length > kShortChain) {
+    return gemm_short_chains(kernel, args, row_begin, row_end, panel_begin, panel_end);
+  }
   const int64_t blocks = count_blocks(kernel, args, rows, panel_end - panel_begin);
   if (blocks == 1) return gemm_block(kernel, args, row_begin, row_end, panel_begin, panel_end);
   for (int64_t b = 0; b < blocks; ++b) {

@@ -17,8 +17,8 @@ inline constexpr int kPanel = 16;
 inline constexpr int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline constexpr int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; }
 
-// One tile: `rows` rows by one panel (or several, for a wide tile). Strides are in elements; a and b are of the
-// kernel's input type, c and residual of its output type. With bfloat16 input K comes in pairs: all lengths of K are
+// One tile: `rows` rows by one panel (or two). Strides are in elements; a and b are of the kernel's input type, c and
+// residual of its output type. With bfloat16 input K comes in pairs: all lengths of K are
 // even.
 struct GemmTile {
   const void* a;             // row 0
@@ -52,9 +52,11 @@ struct GemmTile {
 // Longest chain of additions: the error of a plain sum grows with its length, and chains of a thousand leave the budget
 // that eager's own blocked sums set.
 inline constexpr int64_t kChain = 256;
-// For the head: eager's products of few rows sum in many lanes, which is more exact still. Memory, not arithmetic,
-// bounds these products, so short chains are free.
+// For the head: eager's products of few rows sum in many lanes, which is more exact still.
 inline constexpr int64_t kShortChain = 16;
+// Rows and panels that go through short chains together.
+inline constexpr int64_t kFewRows = 16;
+inline constexpr int64_t kFewPanels = 4;
 // Of a map of so few pixels, too, eager sums in many lanes on some processors, and its products cost nothing.
 inline constexpr int64_t kFewPixels = 16;
 inline int64_t gemm_chain(int64_t pixels) { return pixels <= kFewPixels ? kShortChain : kChain; }
@@ -123,10 +125,9 @@ struct GemmKernel {
   // tiles of two panels, where a load for each multiply-add is more than the processor can do; 0 rows: none
   int pair_rows;
   GemmTileFn pair[kRowVariants][16];
-  // tiles of few rows take several panels at once, to have enough independent sums
-  int wide_rows;
-  int wide_panels;
-  GemmTileFn wide[4];
+  // Sums of all of K in short chains, of up to kFewRows rows and kFewPanels panels, in the tile's partial
+  // [panels][rows][kPanel]; of the tile's c, residual and epilogue nothing is read.
+  void (*short_chains)(const GemmTile&, int64_t rows, int64_t panels);
 };
 
 // The first kernel of the list that the active tier can run. Every tier has float32 in and out.
@@ -239,6 +240,7 @@ struct GemmArgs {
   // a is row 0 of PackedRows of this pitch, of all images; 0: a is as told above
   int64_t packed_pitch = 0;
   Activation act;
+  // kChain, or kShortChain where all of K is one segment or segments are no shorter
   int64_t chain = kChain;
   Stream* stream = nullptr;  // or what to fetch meanwhile
 

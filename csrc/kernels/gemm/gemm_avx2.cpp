@@ -16,6 +16,6 @@ constexpr GemmKernel in_chains(GemmKernel kernel) {
 
 }  // namespace
 
-extern const GemmKernel gemm_f32_avx2 = in_chains(make_gemm_kernel<float, float, 6, 1, 4, 3>("gemm_f32_avx2"));
+extern const GemmKernel gemm_f32_avx2 = in_chains(make_gemm_kernel<float, float, 6, 3, 2, 3>("gemm_f32_avx2"));
 
 }  // namespace mnv4

@@ -5,6 +5,6 @@
 
 namespace mnv4 {
 
-extern const GemmKernel gemm_f32_neon = make_gemm_kernel<float, float, 6, 1, 4>("gemm_f32_neon");
+extern const GemmKernel gemm_f32_neon = make_gemm_kernel<float, float, 6, 3, 2>("gemm_f32_neon");
 
 }  // namespace mnv4

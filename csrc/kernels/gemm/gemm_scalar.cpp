@@ -4,6 +4,6 @@
 
 namespace mnv4 {
 
-extern const GemmKernel gemm_f32_scalar = make_gemm_kernel<float, float, 2, 0, 1>("gemm_f32_scalar");
+extern const GemmKernel gemm_f32_scalar = make_gemm_kernel<float, float, 2, 1, 1>("gemm_f32_scalar");
 
 }  // namespace mnv4

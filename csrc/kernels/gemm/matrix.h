@@ -311,7 +311,6 @@ constexpr GemmKernel make_matrix_kernel(const char* name) {
   kernel.output = simd::Stored<Out>::kStorage;
   kernel.matrix = &kUnit<Operands, Out>;
   kernel.max_rows = kMatrixRows;
-  kernel.wide_panels = 4;
   return kernel;
 }
 

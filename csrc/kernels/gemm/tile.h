@@ -3,30 +3,11 @@
 
 #include <utility>
 
-#include "kernels/gemm/gemm.h"
+#include "kernels/gemm/short_chains.h"
 #include "simd/activation.h"
-#include "simd/stored.h"
 
 namespace mnv4 {
 namespace {
-
-using simd::Vec;
-
-// How a tile reads its operands: kGroup values of K at a time.
-template <class T>
-struct Operand;
-template <>
-struct Operand<float> {
-  static constexpr Storage kStorage = Storage::kFloat32;
-  static constexpr int kGroup = 1;
-  using Packed = Vec;
-  static MNV4_INLINE auto broadcast(const float* p) { return Vec::factor(p); }
-  static MNV4_INLINE Packed load(const float* p) { return Vec::load(p); }
-  template <class Factor>
-  static MNV4_INLINE Vec multiply_add(Factor x, Packed w, Vec sum) {
-    return fma(x, w, sum);
-  }
-};
 
 // An image's 3 x 3 window, row by row: three taps of one channel, or of all three of an image's, of which fewer are
 // zeros where pairs are multiplied.
@@ -129,7 +110,7 @@ MNV4_INLINE void gemm_tile_once(const GemmTile& t, const In* a, Out* c, const Ou
           const In* weights = vector(0);
 #pragma GCC unroll 4
           for (int p = 0; p < NP; ++p) __builtin_prefetch(weights + p * b_panel + 16 * kPanel * A::kGroup);
-          if constexpr (NP <= 2) __builtin_prefetch(reinterpret_cast<const char*>(weights) + fetch[0], 0, 2);
+          __builtin_prefetch(reinterpret_cast<const char*>(weights) + fetch[0], 0, 2);
           if constexpr (NP == 2) __builtin_prefetch(reinterpret_cast<const char*>(weights) + fetch[1], 0, 2);
         }
 #pragma GCC unroll 16
@@ -295,8 +276,8 @@ void gemm_tile(const GemmTile& t) {
   gemm_tile_by<In, Out, MR, NP, VARIANT, 1>(t);
 }
 
-// A kernel's table: tiles of 1 to MAX rows for each compiled stride, wide tiles of 1 to WIDE rows by NP panels, and
-// tiles of 1 to PAIR rows by two panels.
+// A kernel's table: tiles of 1 to MAX rows for each compiled stride, tiles of 1 to PAIR rows by two panels, and short
+// chains of MR rows by NP panels.
 template <class In, class Out, RowVariant VARIANT, int... MR>
 constexpr void fill_tiles(GemmKernel& kernel, std::integer_sequence<int, MR...>) {
   ((kernel.tile[VARIANT][MR + 1] = gemm_tile<In, Out, MR + 1, 1, VARIANT>), ...);
@@ -307,19 +288,13 @@ template <class In, class Out, RowVariant VARIANT, int... MR>
 constexpr void fill_pairs(GemmKernel& kernel, std::integer_sequence<int, MR...>) {
   ((kernel.pair[VARIANT][MR + 1] = gemm_tile<In, Out, MR + 1, 2, VARIANT>), ...);
 }
-template <class In, class Out, int NP, int... MR>
-constexpr void fill_wide(GemmTileFn* to, std::integer_sequence<int, MR...>) {
-  ((to[MR + 1] = gemm_tile<In, Out, MR + 1, NP>), ...);
-}
-template <class In, class Out, int MAX, int WIDE, int NP, int PAIR = 0>
+template <class In, class Out, int MAX, int MR, int NP, int PAIR = 0>
 constexpr GemmKernel make_gemm_kernel(const char* name) {
   GemmKernel kernel{};
   kernel.name = name;
   kernel.input = Operand<In>::kStorage;
   kernel.output = simd::Stored<Out>::kStorage;
   kernel.max_rows = MAX;
-  kernel.wide_rows = WIDE;
-  kernel.wide_panels = NP;
   kernel.fetches = kFetches;
   const auto rows = std::make_integer_sequence<int, MAX>{};
   static_assert(kRowVariants == 4, "one fill for each variant");
@@ -335,7 +310,7 @@ constexpr GemmKernel make_gemm_kernel(const char* name) {
     fill_pairs<In, Out, kPlaneRow>(kernel, pair_rows);
     fill_pairs<In, Out, kStridedPlaneRow>(kernel, pair_rows);
   }
-  fill_wide<In, Out, NP>(kernel.wide, std::make_integer_sequence<int, WIDE>{});
+  kernel.short_chains = short_chains<In, MR, NP>;
   return kernel;
 }
 
