@@ -89,16 +89,6 @@ MNV4_INLINE void dwconv_tile(const DwconvRow<In, Out>& t) {
   }
 }
 
-// Activations other than ReLU run over the finished row, which is still in L1: one copy of their code.
-template <class Out>
-__attribute__((noinline)) void activate_row(Out* y, ptrdiff_t y_pixel, int64_t pixels, int valid, Activation act) {
-  using Column = simd::Stored<Out>;
-  for (int64_t i = 0; i < pixels; ++i) {
-    Out* p = y + i * y_pixel;
-    Column::store(p, simd::activate(act, Column::load(p, valid)), valid);
-  }
-}
-
 // A whole output row of any width and padding, in tiles of 8, 4, 2 and 1 whose edges are known at run time.
 template <int K, int S, bool PARTIAL, class In, class Out>
 void dwconv_row(DwconvRow<In, Out> t, int64_t out_width, int64_t width, int pad_left) {
@@ -329,8 +319,9 @@ void dwconv_run(const DwconvArgs& a, int64_t row_begin, int64_t row_end, int64_t
     t.weight = a.weight + c / kPanel * taps * kPanel + c % kPanel;
     select_rows<In, Out>(a, t.valid < Vec::kWidth)(a, t, c, row_begin, row_end);
     if (a.act == Activation::kNone || a.act == Activation::kRelu) continue;
+    // over rows that are still in L1
     for (int64_t oy = row_begin; oy < row_end; ++oy) {
-      activate_row(static_cast<Out*>(a.y) + oy * a.y_row + c, a.y_pixel, a.out_width, t.valid, a.act);
+      simd::activate_pixels(a.act, static_cast<Out*>(a.y) + oy * a.y_row + c, a.y_pixel, a.out_width, t.valid);
     }
   }
 }

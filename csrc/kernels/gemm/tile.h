@@ -200,10 +200,7 @@ MNV4_INLINE void gemm_tile_once(const GemmTile& t, const In* a, Out* c, const Ou
 #pragma GCC unroll 64
       for (int v = 0; v < kVectors; ++v) acc[r][v].store(buffer + (r * kVectors + v) * Vec::kWidth);
     }
-#pragma GCC unroll 1
-    for (int i = 0; i < MR * kVectors; ++i) {
-      simd::activate(t.act, Vec::load(buffer + i * Vec::kWidth)).store(buffer + i * Vec::kWidth);
-    }
+    simd::activate_pixels(t.act, buffer, Vec::kWidth, MR * kVectors, Vec::kWidth);
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 64

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
 #include "kernels/gemm/gemm.h"
 #include "kernels/training/training.h"
@@ -12,17 +11,10 @@ namespace mnv4 {
 namespace {
 
 using simd::Vec;
+using simd::with_activation;
 
 // Rows that are worked on together: their channels are contiguous memory, and vectors over channels are loaded once.
 constexpr int64_t kRowBlock = 8;
-
-// f with the activation as a constant where that spares a switch in the inner loop.
-template <class F>
-MNV4_INLINE void with_activation(Activation act, const F& f) {
-  if (act == Activation::kRelu) return f(std::integral_constant<Activation, Activation::kRelu>{});
-  if (act == Activation::kNone) return f(std::integral_constant<Activation, Activation::kNone>{});
-  f(act);
-}
 
 // f(first row, rows, channel, valid channels of the vector) over all of a map, in blocks of rows
 template <class F>

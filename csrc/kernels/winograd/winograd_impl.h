@@ -104,10 +104,10 @@ void winograd_terms(const float* const* rows, int64_t tiles, int64_t channels, f
 }
 
 template <int STRIDE, bool kIsRelu>
-MNV4_INLINE void winograd_rows_as(const float* sums, ptrdiff_t sum, int64_t tiles, int64_t width, Activation act,
-                                  float* const* y, ptrdiff_t y_pixel) {
+MNV4_INLINE void winograd_rows_as(const float* sums, ptrdiff_t sum, int64_t tiles, int64_t width, float* const* y,
+                                  ptrdiff_t y_pixel) {
   constexpr int kSums = Axis<STRIDE>::kForm.sums;
-  const auto activate = [act](Vec x) { return kIsRelu ? max(Vec::zero(), x) : simd::activate(act, x); };
+  const auto activate = [](Vec x) { return kIsRelu ? max(Vec::zero(), x) : x; };
   for (int64_t t = 0; t < tiles; ++t) {
     for (int c = 0; c < kPanel; c += Vec::kWidth) {
       const float* from = sums + t * kPanel + c;
@@ -138,10 +138,11 @@ MNV4_INLINE void winograd_rows_as(const float* sums, ptrdiff_t sum, int64_t tile
 template <int STRIDE>
 void winograd_rows(const float* sums, ptrdiff_t sum, int64_t tiles, int64_t width, Activation act, float* const* y,
                    ptrdiff_t y_pixel) {
-  if (act == Activation::kRelu) {
-    winograd_rows_as<STRIDE, true>(sums, sum, tiles, width, act, y, y_pixel);
-  } else {
-    winograd_rows_as<STRIDE, false>(sums, sum, tiles, width, act, y, y_pixel);
+  if (act == Activation::kRelu) return winograd_rows_as<STRIDE, true>(sums, sum, tiles, width, y, y_pixel);
+  winograd_rows_as<STRIDE, false>(sums, sum, tiles, width, y, y_pixel);
+  if (act == Activation::kNone) return;
+  for (int r = 0; r < 2 && y[r]; ++r) {
+    for (int c = 0; c < kPanel; c += Vec::kWidth) simd::activate_pixels(act, y[r] + c, y_pixel, width, Vec::kWidth);
   }
 }
 
