@@ -15,11 +15,12 @@ std::atomic<size_t> held{0};
 
 }  // namespace
 
-Memory::Memory(size_t bytes) : bytes_(bytes) {
+Memory::Memory(size_t bytes) {
   if (bytes == 0) return;
-  // a small block takes ordinary pages; a large one starts on a huge page
-  const bool huge = bytes >= kHugePage;
-  mapped_ = bytes + (huge ? kHugePage : 0);
+  // a small block takes ordinary pages; a large one is whole huge pages, for an advised part of one stays small pages
+  const bool huge = bytes >= kHugePage / 4;
+  bytes_ = huge ? (bytes + kHugePage - 1) / kHugePage * kHugePage : bytes;
+  mapped_ = bytes_ + (huge ? kHugePage : 0);
   void* mapping = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapping == MAP_FAILED) throw std::bad_alloc();
   mapping_ = static_cast<char*>(mapping);
@@ -27,7 +28,7 @@ Memory::Memory(size_t bytes) : bytes_(bytes) {
   if (huge) {
     data_ += (kHugePage - reinterpret_cast<uintptr_t>(mapping_) % kHugePage) % kHugePage;
     // advice: a kernel without huge pages ignores it
-    madvise(data_, bytes, MADV_HUGEPAGE);
+    madvise(data_, bytes_, MADV_HUGEPAGE);
   }
   held += bytes_;
 }

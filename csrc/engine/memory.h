@@ -17,6 +17,7 @@ class Memory {
   Memory& operator=(const Memory&) = delete;
 
   char* data() const { return data_; }
+  // At least what was asked for.
   size_t bytes() const { return bytes_; }
 
   // Bytes held by all engines of the process.

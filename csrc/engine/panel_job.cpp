@@ -267,10 +267,13 @@ void PanelJob::run(const Context& context, int64_t begin, int64_t end, Worker& w
 std::vector<Stream::Range> PanelJob::weights(int64_t begin, int64_t end) const {
   if (begin == end) return {};
   const int64_t units = spec_.x.images * (whole_ ? 1 : last_tile_ - first_tile_);
+  const int64_t last = div_up(end, units);
+  // panels that are multiplied together are needed together
+  const int64_t group = gemm_panels(kernel_, rows(), spec_.depth);
   std::vector<Stream::Range> found;
-  for (int64_t p = begin / units; p <= (end - 1) / units; ++p) {
+  for (int64_t p = begin / units; p < last; p += group) {
     const void* panel = advance(spec_.weight, spec_.x.type, p * spec_.depth * kPanel);
-    found.push_back({panel, panel_bytes()});
+    found.push_back({panel, std::min(group, last - p) * panel_bytes()});
   }
   return found;
 }
