@@ -17,7 +17,7 @@ from mnv4_kernels.cli import parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "mnv4_kernels"
-DOCS = ("README.md", "DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md")
+DOCS = ("README.md", "DESIGN.md", "csrc/DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md")
 
 #: Rooms of DESIGN.md from the highest to the lowest; a room imports from its own and lower ones.
 LEVELS = (
