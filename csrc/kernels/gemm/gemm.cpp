@@ -278,7 +278,8 @@ void gemm_short_chains(const GemmKernel& kernel, const GemmArgs& args, int64_t r
   sums.segment = args.segment;
   sums.segments = args.segments;
   sums.segment_length = args.segment_length;
-  GemmTile finish = tile_of(args);
+  GemmTile finish = sums;
+  finish.b = args.b;
   finish.segments = finish.segment_length = 0;
   finish.first = false;
   finish.last = true;
