@@ -44,8 +44,8 @@ struct GemmTile {
   float* partial;  // [rows * panels * kPanel]
   // Tiles of as many rows below this one, itself included; 1 where tiles fetch.
   int64_t repeat = 1;
-  // Bytes from b to what is brought into L2 line by line while a panel passes by; 0 for nothing. Tiles of one panel and
-  // pairs only, of kernels that fetch.
+  // Bytes from b to what is brought into L2 line by line while a panel passes by; 0 for nothing. For kernels that
+  // fetch.
   ptrdiff_t ahead[2];
 };
 
